@@ -108,9 +108,10 @@ def run_all(
             if (run.model, run.data) not in before:
                 before[run.model, run.data] = score(task.model, task.words, task.rows.held_out)
             forwards = store.settings["forwards"][run.model]
-            with tqdm(total=forwards, unit="forward", desc=str(run), leave=False) as inner:
-                start = before[run.model, run.data]
-                row = measure(run, task, start, settings, forwards, inner.update, tuned(run, store.latest()))
+            known, start = tuned(run, store.latest()), before[run.model, run.data]
+            what = str(run) if known else f"{run}, tuned first"
+            with tqdm(total=forwards, unit="forward", desc=what, leave=False) as inner:
+                row = measure(run, task, start, settings, forwards, inner.update, known)
             store.append(row | dict(record))
             bar.update()
             tqdm.write(line(row))
@@ -125,18 +126,16 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{Run.of(row)}: lr {row['lr']:.1e}, loss {loss}, accuracy {shares}, {row['wall_seconds']:.0f} s"
 
 
-def write(store: Store, machine: Mapping[str, str], names: Sequence[str]) -> None:
+def write(store: Store, names: Sequence[str]) -> None:
     """Writes study.md and, where matplotlib is installed, study.png beside the rows."""
     folder, rows = store.path.parent, store.latest()
-    (folder / "study.md").write_text(page(machine, store.settings, rows, names))
+    (folder / "study.md").write_text(page(store.settings, rows, names))
     if find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed")
         return
     from .plot import plot
 
-    title = (
-        f"{machine['cpu']}, {len(rows)} runs, commits {', '.join(sorted({row['commit'] for row in rows}))}"
-    )
+    title = f"{len(rows)} runs, commits {', '.join(sorted({row['commit'] for row in rows}))}"
     plot(groups(rows, store.settings["forwards"]), title, folder / "study.png")
     print(f"{folder / 'study.md'}: {len(rows)} runs")
 
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None, problem: Problems | None = None) -> 
             run_all(todo, store, settings, record, problem or problems.problem)
     except KeyboardInterrupt:
         code = 130
-    write(store, machine, names)
+    write(store, names)
     return code
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -15,10 +15,12 @@ from torch import nn
 from zokern.methods import METHODS
 
 from .order import BASE
-from .reading import TIME, Group, Mean, crossing, read_at, student
+from .reading import TIME, Group, crossing, read_at
+from .seeds import Mean, of_values, told_apart
 
 NOTHING = "not measured"
 APART = "not told apart from MeZO"
+FEW = 3  # groups, of a model and a set, that a statement over groups needs
 
 
 class Claim(NamedTuple):
@@ -40,118 +42,78 @@ CLAIMS = (
 )
 
 
-class Interval(NamedTuple):
-    """A mean with a 95 % interval of Student's t over pairs;
-    low and high are infinite where there are fewer than two pairs."""
+def ratios(groups: Iterable[Group], claim: Claim) -> tuple[list[float], int]:
+    """Returns the method's amount over MeZO's for each model and set, and how many runs are lower bounds.
 
-    value: float
-    low: float
-    high: float
-    pairs: int
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Returns the mean of values with its interval."""
-    value = statistics.fmean(values)
-    if len(values) < 2:
-        return Interval(value, -math.inf, math.inf, len(values))
-    half = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Interval(value, value - half, value + half, len(values))
-
-
-def ratios(groups: Sequence[Group], claim: Claim) -> tuple[list[float], int]:
-    """Returns method over MeZO for each model, set and seed, and how many of them are lower bounds.
-
-    The amount is that to the loss which MeZO has at its end. A run that does not get there counts with all
-    that it took. Pairs in which MeZO's run with this seed does not get there say nothing and are left out."""
+    MeZO's amount is all that it takes. The method's is what it takes to the loss which MeZO's seeds end with,
+    on average; a run that does not get there counts with all that it took. The mean over seeds is geometric.
+    Times of several machines are not compared."""
     found, bounds = [], 0
     for group in groups:
-        base = {row["seed"]: row for row in group.runs.get(BASE, ())}
-        for row in group.runs.get(claim.method, ()):
-            if group.target is None or row["seed"] not in base:
-                continue
-            whole = crossing(base[row["seed"]], claim.axis, group.target)
-            part = crossing(row, claim.axis, group.target)
-            if not whole:
-                continue
-            bounds += part is None
-            found.append((row["points"][-1][claim.axis] if part is None else part) / whole)
+        base, runs = group.runs.get(BASE), group.runs.get(claim.method)
+        if group.target is None or not base or not runs or (claim.axis == TIME and group.limit is None):
+            continue
+        whole = statistics.fmean(row["points"][-1][claim.axis] for row in base)
+        parts = [crossing(row, claim.axis, group.target) for row in runs]
+        bounds += parts.count(None)
+        amounts = [row["points"][-1][claim.axis] if part is None else part for part, row in zip(parts, runs)]
+        found.append(statistics.geometric_mean(amount / whole for amount in amounts))
     return found, bounds
 
 
-def differences(groups: Sequence[Group], method: str) -> list[float]:
-    """Returns accuracy of the method minus MeZO's at equal forwards, for each model, set and seed."""
+def differences(groups: Iterable[Group], method: str) -> list[float]:
+    """Returns accuracy of the method minus MeZO's at equal forwards, mean over seeds,
+    for each model and set."""
     found = []
     for group in groups:
-        base = {row["seed"]: row for row in group.runs.get(BASE, ())}
-        for row in group.runs.get(method, ()):
-            if row["seed"] in base:
-                both = (
-                    read_at(one, "forwards", group.budget)["accuracy"] for one in (row, base[row["seed"]])
+        if group.runs.get(BASE) and group.runs.get(method):
+            ours, base = (
+                statistics.fmean(
+                    read_at(row, "forwards", group.budget)["accuracy"] for row in group.runs[name]
                 )
-                found.append(next(both) - next(both))
+                for name in (method, BASE)
+            )
+            found.append(ours - base)
     return found
 
 
-def verdict(found: Interval, share: float, bounds: int) -> str:
+def verdict(found: Mean, share: float, bounds: int) -> str:
     """Returns what an interval of a ratio says of a claimed share.
     Lower bounds among the ratios leave its upper end open."""
+    claimed = "the claimed {:g} lies {} the interval".format(
+        share, "in" if found.low <= share <= found.high or (bounds and share > found.high) else "outside"
+    )
     if found.low > 1:
-        return "not reproduced: it takes more than MeZO"
+        return f"not reproduced: it takes more than MeZO; {claimed}"
     if found.high >= 1 or bounds:
-        return APART
-    return "reproduced" if found.low <= share else "in part: less than MeZO, and more than claimed"
+        return f"{APART}; {claimed}"
+    return "reproduced" if found.low <= share else f"in part: less than MeZO; {claimed}"
 
 
 def statement(groups: Sequence[Group], claim: Claim) -> str:
     """Returns a claim and what the rows say of it."""
+    values, bounds = ratios(groups, claim) if claim.axis else (differences(groups, claim.method), 0)
+    if len(values) < FEW:
+        need = ", whose held-out loss MeZO lowers" if claim.axis else ""
+        return f"{claim.words}: {NOTHING} (models and sets{need}: {len(values)}; {FEW} are needed)."
+    over = f"mean over {len(values)} models and sets"
     if not claim.axis:
-        values = differences(groups, claim.method)
-        if len(values) < 2:
-            return f"{claim.words}: {NOTHING} (pairs: {len(values)}; two are needed)."
-        d = interval(values)
+        d = of_values(values)
         said = "reproduced" if d.low > 0 else "not reproduced: lower than MeZO" if d.high < 0 else APART
         return (
             f"{claim.words}: **{said}**. At equal forwards {100 * d.value:+.1f} points of accuracy "
-            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}] against MeZO, {d.pairs} pairs of a model, set and "
-            "seed."
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}] against MeZO, {over}."
         )
-    values, bounds = ratios(groups, claim)
-    if len(values) < 2:
-        few = f"pairs in which MeZO gets to its own final loss: {len(values)}; two are needed"
-        return f"{claim.words}: {NOTHING} ({few})."
-    r = Interval(*(math.exp(x) for x in interval([math.log(v) for v in values])[:3]), len(values))
+    logs = of_values([math.log(v) for v in values])
+    r = logs._replace(value=math.exp(logs.value), low=math.exp(logs.low), high=math.exp(logs.high))
     open_end = (
-        f" {bounds} of them end above that loss: their ratio is at least what is counted." if bounds else ""
+        f" Runs that end above that loss: {bounds}; they count with all that they took." if bounds else ""
     )
     what = {"steps": "steps", TIME: "processor time"}[claim.axis]
     return (
         f"{claim.words}: **{verdict(r, claim.share, bounds)}**. Ratio of {what} to the held-out loss that "
-        f"MeZO ends with: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] (geometric mean), claimed "
-        f"{claim.share:g}, {r.pairs} pairs.{open_end}"
+        f"MeZO ends with: {r.value:.2f} [{r.low:.2f}, {r.high:.2f}], geometric {over}.{open_end}"
     )
-
-
-def among_best(group: Group, at: str) -> set[str]:
-    """Returns the methods whose interval overlaps that of the largest fall."""
-    found = getattr(group, at)
-    best = max(found.values(), key=lambda mean: mean.value, default=None)
-    return {name for name, mean in found.items() if mean.overlaps(best)}
-
-
-def learned(group: Group, at: str) -> bool:
-    """Returns whether some method's fall of the held-out loss is told apart from none."""
-    return max(mean.low for mean in getattr(group, at).values()) > 0.0
-
-
-def harmed(groups: Sequence[Group], at: str = "forwards") -> str:
-    """Returns which methods raise the held-out loss,
-    by an interval that does not hold 0; '' for none."""
-    found = [
-        (group, [name for name, mean in getattr(group, at).items() if mean.high < 0.0]) for group in groups
-    ]
-    where = "; ".join(f"{', '.join(names)} ({group.name})" for group, names in found if names)
-    return f"The held-out loss rises, at the lr that was found: {where}." if where else ""
 
 
 @cache
@@ -161,66 +123,98 @@ def backpropagates(method: str) -> bool:
     return made.estimator.backpropagates
 
 
-def forward_only(groups: Sequence[Group]) -> list[Group]:
+def forward_only(groups: Iterable[Group]) -> list[Group]:
     """Returns the groups with the methods of forward passes alone."""
 
-    def of(found: dict[str, Mean]) -> dict[str, Mean]:
+    def of(found: Mapping[str, Mean]) -> dict[str, Mean]:
         return {name: mean for name, mean in found.items() if not backpropagates(name)}
 
-    return [replace(group, forwards=of(group.forwards), time=of(group.time)) for group in groups]
-
-
-def with_gradients(groups: Sequence[Group]) -> str:
-    """Returns what methods that back-propagate a part reach at equal time; '' where none has run."""
-    found = [
-        f"{name} takes {100 * mean.value:.1f} % [{100 * mean.low:.1f}, {100 * mean.high:.1f}] off the "
-        f"held-out loss ({group.name})"
+    return [
+        replace(group, **{at: of(getattr(group, at)) for at in ("forwards", "time", "against")})
         for group in groups
-        for name, mean in sorted(group.time.items(), key=lambda item: -item[1].value)
+    ]
+
+
+def with_gradients(groups: Iterable[Group]) -> str:
+    """Returns what methods that back-propagate a part reach at equal forwards; '' where none has run."""
+    found = [
+        f"{name} takes {percents(mean)} off the held-out loss ({group.name})"
+        for group in groups
+        for name, mean in sorted(group.forwards.items(), key=lambda item: -item[1].value)
         if backpropagates(name)
     ]
-    return f"With back-propagation for a part, at equal time: {'; '.join(found)}." if found else ""
+    return f"With back-propagation for a part: {'; '.join(found)}." if found else ""
 
 
-def start_with(groups: Sequence[Group], at: str = "time") -> str:
-    """Returns which methods to start with, at equal time or at equal forwards.
+def percents(mean: Mean, sign: str = "", unit: str = " %") -> str:
+    """Returns a share in percent with its interval, where one is known."""
+    value, low, high = (f"{100 * x:{sign}.1f}" for x in (mean.value, mean.low, mean.high))
+    return f"{value}{unit}" + (f" [{low}, {high}]" if math.isfinite(mean.low) else "")
 
-    Only groups count in which something was learned. Candidates were run in all of these. Named are those
-    that are not told apart from the best of any group, and those that are told apart from it in some
-    group."""
-    cost = {"time": "equal time", "forwards": "equal forwards"}[at]
-    compared = [group for group in groups if len(getattr(group, at)) > 1]
-    useful = [group for group in compared if learned(group, at)]
-    dull = "; ".join(group.name for group in compared if group not in useful)
-    tail = f" No fall of the loss is told apart from none, which says nothing, in: {dull}." if dull else ""
-    if not useful:
-        why = tail or " No model and set has two methods to compare."
-        return f"At {cost} these runs do not say which method to start with.{why}"
-    where = "; ".join(group.name for group in useful)
-    everywhere = set.intersection(*(set(getattr(group, at)) for group in useful))
-    partly = sorted({name for group in useful for name in getattr(group, at)} - everywhere)
-    tail = (f" Not run in every group, and not compared here: {', '.join(partly)}." if partly else "") + tail
-    scores = {
-        name: statistics.fmean(getattr(group, at)[name].value for group in useful) for name in everywhere
-    }
-    good = [name for name in everywhere if all(name in among_best(group, at) for group in useful)]
-    good.sort(key=lambda name: (-scores[name], name))
-    worse = sorted(everywhere - set(good))
-    if not good:
-        return (
-            f"At {cost} no method is among the best of every group ({where}): see the table of the group "
-            f"that is like yours.{tail}"
-        )
-    if not worse:
-        named = f"{', '.join(good)}, the largest mean fall first"
-        return f"At {cost} no method is told apart from the best ({where}): {named}.{tail}"
-    first = (
-        f"**{good[0]}**"
-        if len(good) == 1
-        else f"one of **{', '.join(good)}** (not told apart, the largest mean fall first)"
+
+def learned(group: Group) -> bool:
+    """Returns whether some method's fall of the held-out loss is told apart from none."""
+    return any(group.forwards[name].value > 0 for name in told_apart(group.forwards))
+
+
+def harmed(group: Group) -> list[str]:
+    """Returns which methods raise the held-out loss, told apart from 0."""
+    return sorted(name for name in told_apart(group.forwards) if group.forwards[name].value < 0)
+
+
+def sides(means: Mapping[str, Mean]) -> tuple[list[str], list[str]]:
+    """Returns the methods that are told apart from MeZO,
+    (above, below) it, the largest difference first."""
+    apart = sorted(told_apart(means), key=lambda name: -abs(means[name].value))
+    return [n for n in apart if means[n].value > 0], [n for n in apart if means[n].value < 0]
+
+
+def compared(group: Group) -> str:
+    """Returns what the runs of one model and set say of methods against MeZO."""
+    several = max((len(mean.seeds) for mean in group.forwards.values()), default=0) > 1
+    if not several:
+        return f"{group.name}: one seed, so no interval; another seed may change the order."
+    bad = harmed(group)
+    raised = f" The held-out loss rises by {', '.join(bad)}, at the lr that was found." if bad else ""
+    if not learned(group):
+        return f"{group.name}: no fall of the loss is told apart from none, which says nothing.{raised}"
+    if not group.against:
+        return f"{group.name}: nothing to compare with MeZO.{raised}"
+    above, below = (
+        ", ".join(f"{name} {percents(group.against[name], '+', ' points')}" for name in names) or "none"
+        for names in sides(group.against)
     )
     return (
-        f"At {cost} start with {first}: the first takes {scores[good[0]]:.1%} off the held-out loss, mean "
-        f"over {where}. Less than the best of a group, with intervals that do not overlap: "
-        f"{', '.join(worse)}.{tail}"
+        f"{group.name}, {len(group.against)} methods against MeZO with the same seeds: larger fall of the "
+        f"loss: {above}; smaller: {below}.{raised}"
     )
+
+
+def overall(groups: Sequence[Group]) -> dict[str, Mean]:
+    """Returns the fall of a method minus MeZO's, each model and set as one value; of the methods that have
+    run in FEW of them or more."""
+    names = {name for group in groups for name in group.against}
+    values = {
+        name: [group.against[name].value for group in groups if name in group.against] for name in names
+    }
+    return {name: of_values(found) for name, found in sorted(values.items()) if len(found) >= FEW}
+
+
+def start_with(groups: Sequence[Group]) -> str:
+    """Returns which method to start with: those whose fall is told apart from MeZO's, larger over all models
+    and sets or in one, and smaller in none."""
+    useful = [group for group in groups if learned(group)]
+    above = {name for group in useful for name in sides(group.against)[0]} | {*sides(overall(useful))[0]}
+    below = {name for group in groups for name in (*sides(group.against)[1], *harmed(group))}
+    where = {
+        name: [group.name for group in useful if name in sides(group.against)[0]] for name in above - below
+    }
+    if not where:
+        return (
+            f"**No choice of method is supported by these rows: start with {BASE}.** Spend the forwards on "
+            "lr (`zokern.tune`, then shares of what it finds): the tables of tuning show what a factor of 3 "
+            "does."
+        )
+    best = sorted(where, key=lambda name: (-len(where[name]), name))
+    named = "; ".join(f"{name} ({'; '.join(where[name]) or 'over all'})" for name in best)
+    return f"**Start with {BASE} or one of these, whose fall of the loss is told apart as larger: {named}.**"

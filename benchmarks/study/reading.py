@@ -1,5 +1,5 @@
 """What the rows of a study say: readings at equal cost,
-crossings of a target, means over seeds and their intervals."""
+crossings of a target, and their means over seeds."""
 
 from __future__ import annotations
 
@@ -8,27 +8,17 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from examples.demo.significance import wilson
 
 from .order import BASE, main_first
+from .seeds import Mean, moderated
 
 Row = Mapping[str, Any]
-# 0.975 quantiles of Student's t by degrees of freedom; between two of them the fewer degrees are taken.
-STUDENT = {
-    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228,
-    12: 2.179, 15: 2.131, 20: 2.086, 30: 2.042, 60: 2.000, 120: 1.980,
-}  # fmt: skip
 TIME = "processor_seconds"
 # of the loss before training, that MeZO's must fall by to make a target: less is noise of a few rows
 LEAST_FALL = 0.05
-
-
-def student(freedom: int) -> float:
-    """Returns the 0.975 quantile of Student's t for at least one degree of freedom,
-    or one that is slightly larger."""
-    return STUDENT[max(known for known in STUDENT if known <= freedom)]
 
 
 def read_at(row: Row, axis: str, limit: float) -> dict[str, float]:
@@ -62,55 +52,16 @@ def crossing(row: Row, axis: str, target: float) -> float | None:
     return None
 
 
-class Mean(NamedTuple):
-    """A mean over seeds with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    seeds: int
-
-    def overlaps(self, other: Mean) -> bool:
-        """Returns whether the two are not told apart."""
-        return self.low <= other.high and other.low <= self.high
-
-
-def spread(values: Iterable[Sequence[float]]) -> tuple[float, int]:
-    """Returns the standard deviation of seeds, pooled over methods,
-    and its degrees of freedom (0: not known)."""
-    several = [found for found in values if len(found) > 1]
-    freedom = sum(len(found) - 1 for found in several)
-    squares = sum((len(found) - 1) * statistics.variance(found) for found in several)
-    return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
-
-
-def half_width(count: int, deviation: float, freedom: int) -> float:
-    """Returns half of Student's interval for the mean of `count` seeds; infinite where no deviation is known.
-
-    deviation, freedom  of seeds, as `spread` returns them"""
-    return student(freedom) * deviation / math.sqrt(count) if freedom else math.inf
-
-
-def mean(values: Sequence[float], deviation: float, freedom: int) -> Mean:
-    """Returns the mean over seeds with Student's interval."""
-    value, half = statistics.fmean(values), half_width(len(values), deviation, freedom)
-    return Mean(value, value - half, value + half, len(values))
-
-
-def accuracy(shares: Sequence[float], rows: int, deviation: float, freedom: int) -> Mean:
-    """Returns the mean of accuracies with an interval for
-    held-out rows (Wilson) and seeds (Student), whose squares add.
+def accuracy(found: Mean, rows: int) -> Mean:
+    """Returns a mean of accuracies with an interval for held-out rows (Wilson) and seeds, whose squares add.
 
     All seeds are judged by the same rows, so that more seeds do not narrow Wilson's part.
-    rows  held out"""
-    value = statistics.fmean(shares)
-    low, high = wilson(round(value * rows), rows)
-    seeds = half_width(len(shares), deviation, freedom) if freedom else 0.0
-    return Mean(
-        value,
-        value - math.hypot(value - min(low, value), seeds),
-        value + math.hypot(max(high, value) - value, seeds),
-        len(shares),
+    found  with the interval of its seeds;  rows  held out"""
+    low, high = wilson(round(found.value * rows), rows)
+    seeds = found.high - found.value if math.isfinite(found.high) else 0.0
+    return found._replace(
+        low=found.value - math.hypot(found.value - min(low, found.value), seeds),
+        high=found.value + math.hypot(max(high, found.value) - found.value, seeds),
     )
 
 
@@ -118,12 +69,14 @@ def accuracy(shares: Sequence[float], rows: int, deviation: float, freedom: int)
 class Group:
     """The runs of one model and one set that went through.
 
-    runs      rows by method;  budget  of forwards
+    runs      rows by method;  budget  of forwards;  machines  that they are of
     forwards  fall of the held-out loss at equal forwards, as a share of the loss before training, of each
               method; the held-out rows are those of all methods, so that only seeds part them
-    time      the same at equal time: the processor seconds that MeZO's runs take for their forwards (None: it
-              has not run)
+    time      the same within the time that MeZO takes for its forwards; a method that has done its own
+              before is read at its end. Empty where MeZO has not run, or where the machines are several
+    against   fall of a method minus MeZO's, at equal forwards, seed by seed, of each other method
     accuracy  at equal forwards, of each method
+    limit     that time, in processor seconds
     target    held-out loss that MeZO has at the end, mean over its seeds; None where it did not fall by
               LEAST_FALL"""
 
@@ -131,8 +84,10 @@ class Group:
     data: str
     runs: dict[str, list[Row]]
     budget: int
+    machines: list[str]
     forwards: dict[str, Mean]
     time: dict[str, Mean]
+    against: dict[str, Mean]
     accuracy: dict[str, Mean]
     limit: float | None
     target: float | None
@@ -142,20 +97,43 @@ class Group:
         return f"{self.model}, {self.data}"
 
 
+def steady(rows: Sequence[Row]) -> list[Row]:
+    """Returns rows of a method whose time goes with their forwards, at the rate of the seed that was
+    quickest: what else ran on the machine made others slower."""
+    rate = min(row["points"][-1][TIME] / row["points"][-1]["forwards"] for row in rows)
+    return [
+        {**row, "points": [{**point, TIME: rate * point["forwards"]} for point in row["points"]]}
+        for row in rows
+    ]
+
+
+def fall(row: Row, axis: str, limit: float) -> float:
+    """Returns the fall of the held-out loss where `axis` reaches a limit."""
+    return 1.0 - read_at(row, axis, limit)["loss"] / row["points"][0]["loss"]
+
+
 def falls(runs: Mapping[str, Sequence[Row]], axis: str, limit: float) -> dict[str, Mean]:
     """Returns the fall of the held-out loss of each method where `axis` reaches a limit."""
-    found = {
-        name: [1.0 - read_at(row, axis, limit)["loss"] / row["points"][0]["loss"] for row in rows]
+    return moderated({name: [fall(row, axis, limit) for row in rows] for name, rows in runs.items()})
+
+
+def against(runs: Mapping[str, Sequence[Row]], budget: int) -> dict[str, Mean]:
+    """Returns the fall of each other method minus MeZO's with the same seed, which has the same batches and,
+    for many methods, the same z: what a seed does to both is no difference between them."""
+    base = {row["seed"]: fall(row, "forwards", budget) for row in runs.get(BASE, ())}
+    pairs = {
+        name: [fall(row, "forwards", budget) - base[row["seed"]] for row in rows if row["seed"] in base]
         for name, rows in runs.items()
+        if name != BASE
     }
-    return {name: mean(values, *spread(found.values())) for name, values in found.items()}
+    return moderated({name: found for name, found in pairs.items() if found})
 
 
 def accuracies(runs: Mapping[str, Sequence[Row]], axis: str, limit: float) -> dict[str, Mean]:
     """Returns the accuracy of each method where `axis` reaches a limit."""
     shares = {name: [read_at(row, axis, limit)["accuracy"] for row in rows] for name, rows in runs.items()}
     rows = next(iter(runs.values()))[0]["points"][0]["rows"]
-    return {name: accuracy(found, rows, *spread(shares.values())) for name, found in shares.items()}
+    return {name: accuracy(found, rows) for name, found in moderated(shares).items()}
 
 
 def group(model: str, data: str, rows: Sequence[Row], budget: int) -> Group:
@@ -163,15 +141,20 @@ def group(model: str, data: str, rows: Sequence[Row], budget: int) -> Group:
     by_method: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_method[row["method"]].append(row)
-    runs = {name: by_method[name] for name in main_first(by_method)}
-    base = runs.get(BASE)
-    limit = statistics.fmean(row["points"][-1][TIME] for row in base) if base else None
+    runs = {name: steady(by_method[name]) for name in main_first(by_method)}
+    machines, base = sorted({row["machine"] for row in rows}), runs.get(BASE)
+    limit = base[0]["points"][-1][TIME] if base and len(machines) == 1 else None
     target = statistics.fmean(row["points"][-1]["loss"] for row in base) if base else None
     if base and target is not None and target > (1 - LEAST_FALL) * base[0]["points"][0]["loss"]:
         target = None
-    time = {} if limit is None else falls(runs, TIME, limit)
-    forwards, shares = falls(runs, "forwards", budget), accuracies(runs, "forwards", budget)
-    return Group(model, data, runs, budget, forwards, time, shares, limit, target)
+    return Group(
+        model, data, runs, budget, machines,
+        forwards=falls(runs, "forwards", budget),
+        time={} if limit is None else falls(runs, TIME, limit),
+        against=against(runs, budget),
+        accuracy=accuracies(runs, "forwards", budget),
+        limit=limit, target=target,
+    )  # fmt: skip
 
 
 def groups(rows: Iterable[Row], budgets: Mapping[str, int]) -> list[Group]:

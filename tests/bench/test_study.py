@@ -14,7 +14,8 @@ import zokern
 from benchmarks.study import __main__ as study
 from benchmarks.study import problems, train
 from benchmarks.study.order import BASE, LARGE, MAIN, MODELS, SEEDS, SETS, SMALL, Run, order
-from benchmarks.study.page import lacking, page
+from benchmarks.study.page import lacking, page, to_target
+from benchmarks.study.reading import crossing, groups
 from benchmarks.study.store import Store
 from benchmarks.study.train import counted
 from examples.demo.data import Row as Text
@@ -199,9 +200,8 @@ def test_the_whole_line(two, tmp_path, capsys) -> None:
         assert len(tried) == 3 and tried[found["lr"]] == min(tried.values())
     assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
     text = (tmp_path / "study.md").read_text()
-    assert (
-        "| MeZO | 1 |" in text and "-81 % iterations (P-GAP): not measured" in text and "**One seed**" in text
-    )
+    assert "| MeZO | 2 | 20 |" in text and "-81 % iterations (P-GAP): not measured" in text
+    assert "MiniLM, news: one seed, so no interval" in text
     pytest.importorskip("matplotlib")
     assert (tmp_path / "study.png").read_bytes()[1:4] == b"PNG"
     before = (tmp_path / "study.jsonl").read_text()
@@ -372,7 +372,6 @@ def test_a_wrong_count_is_rejected() -> None:
 
 # The page ---------------------------------------------------------------------------------------------------
 
-MACHINE = {"cpu": "a processor", "isa": "avx2", "cores": "2"}
 PAGE_SETTINGS = {"forwards": BUDGETS, "batch": 10, "held_out": ROWS, "words": 12}
 
 
@@ -389,15 +388,43 @@ def test_the_page_says_what_is_missing() -> None:
 
 
 def test_the_page_says_where_and_how() -> None:
-    rows = [row(BASE, LINE, FALL), row("LOZO", LINE, FALL)]
-    text = page(MACHINE, PAGE_SETTINGS, rows, [BASE, "LOZO"])
+    """Each model and set says its machine, its commits and its load; a fall of one seed has no interval."""
+    rows = [row(BASE, LINE, FALL), row("LOZO", LINE, FALL) | {"load": 9.0}]
+    other = row(BASE, LINE, FALL, data="reviews") | {"machine": "another", "commit": "def5678+changes"}
+    text = page(PAGE_SETTINGS, [*rows, other], [BASE, "LOZO"])
+    assert "Measured on 2026-01-01, torch 2.13, threads 1, by\n\n- `python -m benchmarks.study`\n" in text
     assert (
-        "Measured on 2026-01-01 by\n\n- `python -m benchmarks.study`\n" in text
-        and "commits abc1234" in text
-        and "busy" not in text
+        "Measured on a processor, of commits abc1234; load average when a run began 4.8, up to 9.0." in text
     )
+    assert "Measured on another, of commits def5678+changes" in text and "were not committed" in text
     assert "60.0 [53.1, 66.5]" in text  # Wilson, 120 of 200
-    assert "| 40.0 | 40.0 | 0.600 |" in text  # a fall of one seed has no interval
-    busy = page(MACHINE, PAGE_SETTINGS, [rows[0] | {"load": 9.0}, rows[1] | {"commit": "def5678"}], [BASE])
-    assert "**The machine was busy** (load average up to 9.0)" in busy and "commits abc1234, def5678" in busy
-    assert page(MACHINE, PAGE_SETTINGS, [], [BASE])  # nothing was run
+    assert "| LOZO | 40.0 | 40.0 | +0.0 | 40.0 | 0.600 |" in text
+    assert "| LOZO | 2 | 50 | 2.00 | 2.00 | 100.0 | 1 | paired |" in text
+    assert "| LOZO | 1.0e-04 | 1e-03 | 0.33 | diverges | 0.6000 | 0.7000 | 90 |" in text
+    several = page(PAGE_SETTINGS, [rows[0], rows[1] | {"machine": "another"}], [BASE])
+    assert "Nothing is read at MeZO's time" in several and "were not committed" not in several
+    assert page(PAGE_SETTINGS, [], [BASE])  # nothing was run
+
+
+def check_to_target(function) -> None:
+    """The median over seeds; one that does not get there is the longest."""
+    quick, never = [1.0, 0.6, 0.6, 0.6, 0.6], [1.0] * 5
+    ends = {"LOZO": [quick, quick, never], "FZOO": [quick, never, never], "PGAP": [quick] * 3}
+    rows = [row(BASE, LINE, FALL, seed=seed) for seed in SEEDS]
+    rows += [row(name, LINE, found[seed], seed=seed) for name, found in ends.items() for seed in SEEDS]
+    (group,) = groups(rows, BUDGETS)
+    told = {name: function(group, group.runs[name]) for name in group.runs}
+    assert told == {BASE: "100", "LOZO": "25 (2 of 3)", "FZOO": "> 100 (1 of 3)", "PGAP": "25"}
+    assert function(replace(group, target=None), rows) == "-"
+
+
+def those_that_arrive(group, rows):
+    """The mean of the runs that get there."""
+    arrived = [row for row in rows if crossing(row, "forwards", group.target or 0.0) is not None]
+    return to_target(group, arrived or rows)
+
+
+def test_forwards_to_target() -> None:
+    check_to_target(to_target)
+    with pytest.raises(AssertionError):
+        check_to_target(those_that_arrive)

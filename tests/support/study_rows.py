@@ -31,7 +31,8 @@ def row(
     ]  # fmt: skip
     return {
         "model": model, "data": data, "method": method, "seed": seed, "threads": 1, "load": 0.5,
-        "points": points, "lr": 1e-4, "eps": 1e-3,
+        "points": points, "lr": 1e-4, "eps": 1e-3, "tune_lr": 3e-4, "tune_forwards": 90,
+        "trials": [{"lr": 3e-4, "loss": None}, {"lr": 1e-4, "loss": 0.6}, {"lr": 3e-5, "loss": 0.7}],
         "evaluation": "paired", "last_step_forwards": cost, "step_seconds": 2.0,
         "step_processor_seconds": 1.0, "wall_seconds": 300.0,
         "peak_extra_bytes": 2**20, "commit": "abc1234", "date": "2026-01-01",
