@@ -4,7 +4,8 @@
           small, the rounding of the losses decides; where it is too large, their curvature does. Between them
           the slopes agree from one eps to the next.
     lr    = share L / f, with f the mean over probes of sum_k c_k s_k / n: the first-order fall of the loss L
-          by a step at lr = 1. A step at this lr is expected to take `share` of the loss off.
+          by a step at lr = 1. A step at this lr is expected to take `share` of the loss off. It is less where
+          such a step would leave the range of eps in which the slopes hold.
 
 An lr from curvature, (L(theta + eps z) + L(theta - eps z) - 2 L(theta)) / eps^2, is not offered: over eight
 probes its sign changed from run to run.
@@ -32,6 +33,7 @@ from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
 from .parallel import Together
 from .plan import Plan
+from .step import unwrapped
 from .underflow import swallowed
 
 WIDTHS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # the eps that are tried, in units of the optimizer's
@@ -86,6 +88,7 @@ class Tuning:
     fall      first-order fall of the loss by a step at lr = 1, mean over the probes, in units of loss
     error     its standard error over the probes, as a share of `fall`
     share     of the loss that a step is expected to take off
+    reach     rms change of a weight by a step, where it bounds lr; None: it does not
     probes    steps' worth of losses that lr is told from
     forwards  losses that were read in all
 
@@ -99,6 +102,7 @@ class Tuning:
     fall: float
     error: float
     share: float
+    reach: float | None
     probes: int
     forwards: int
 
@@ -125,6 +129,8 @@ class Tuning:
             f"the loss of {self.loss:.3g}; {self.probes} probes, standard error {self.error:.0%}; "
             f"{self.forwards} forwards in all"
         )
+        if self.reach is not None:
+            lines.append(f"    bounded: such a step changes a weight by {self.reach:.2g}, root mean square")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -197,7 +203,7 @@ def tune(
     *,
     probes: int = 8,
     share: float = 0.02,
-    reach: float = math.inf,
+    reach: float | None = None,
     evaluation: Evaluation | None = None,
     say: Say | None = None,
 ) -> Tuning:
@@ -209,8 +215,9 @@ def tune(
                 eps; lr is told from all of them in turn, so several batches give a better lr
     probes      draws that lr is told from. Its relative standard error is about sqrt(2 / probes)
     share       of the loss that a step is expected to take off
-    reach       bounds lr: the change of a weight by a step, root mean square. Where gradients are small, a
-                share of the loss can be far; 1e-3, MeZO's eps, keeps a step where losses are read
+    reach       bounds lr: the change of a weight by a step, root mean square. None: the largest eps that was
+                tried and is sound, or the one that is chosen. Where gradients are small, a share of the loss
+                can be far, and the slopes say nothing of the loss there. math.inf: no bound
     evaluation  how losses are read; None: zokern.Jvp(), which takes one copy of the trained weights, as
                 zokern.Master() does
     say         is called with a line of text for every stage
@@ -219,9 +226,11 @@ def tune(
     perturbation; else the larger of both shares is least at it. A rule whose steps have one length gets lr
     times the rms coefficient. Raises ValueError for arguments out of range and where the losses show no
     slope."""
+    optimizer = unwrapped(optimizer)
     given = _losses_of(closures, optimizer.estimator)
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
-    reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
+    if reach is not None and reach != math.inf:
+        reach = finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
     with optimizer.ranks.telling(optimizer.steps), _borrowed(optimizer) as plan:
         reading = Together(Jvp() if evaluation is None else evaluation, optimizer.ranks)
@@ -237,11 +246,16 @@ def tune(
     loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(NO_SLOPE.format(fall, loss))
-    own_lr = optimizer.rule.lr
-    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), own_lr)
+    if reach is None:
+        reach = max((width.eps for width in widths if width.is_sound), default=eps)
+    free, most = _rates(
+        share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), optimizer.rule.lr
+    )
+    lr, bound = min(free, most), reach if most < free else None
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
-    return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
+    taken = share * lr / free
+    return Tuning(eps, lr, old, tuple(widths), loss, fall, error, taken, bound, len(found), oracle.read)
 
 
 def _losses_of(closures: Any, estimator: Any) -> list[Callable[[], Any]]:
@@ -256,14 +270,16 @@ def _losses_of(closures: Any, estimator: Any) -> list[Callable[[], Any]]:
     return [mean_of(one) for one in given] if rows else given
 
 
-def _bounded(lr: float, reach: float, coefficient: float, length: float, own: float | None) -> float:
-    """Returns lr for a rule, no larger than a step of `reach` allows.
+def _rates(
+    lr: float, reach: float, coefficient: float, length: float, own: float | None
+) -> tuple[float, float]:
+    """Returns (lr for a rule, the largest lr whose step changes a weight by no more than `reach`).
 
     coefficient, length  rms of the coefficients, and of a weight's change at lr = 1, where the rule is SGD
     own                  lr of a rule whose steps have one length, whatever the slope; None: SGD's"""
     if own is not None:
         lr, length = lr * coefficient * own / ONES, ONES / own
-    return min(lr, reach / length) if length else lr
+    return lr, reach / length if length else math.inf
 
 
 @contextmanager

@@ -368,6 +368,14 @@ def test_a_wrong_flag_ends_with_its_name(place, tmp_path, capsys, more, complain
     assert end.value.code == 2 and complaint in capsys.readouterr().err
 
 
+def test_a_run_without_checkpoints_is_kept(place, tmp_path, capsys):
+    """Its weights and its log are not written over."""
+    (tmp_path / LOG).write_text('{"step": 1, "loss": 0.5}\n')
+    assert train(place, tmp_path, *WORDS) == 2
+    assert "which holds a run; another folder begins a new one" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [LOG]
+
+
 def test_a_resumed_run_keeps_what_decides_its_bits(place, tmp_path, capsys):
     assert train(place, tmp_path / "out", *WORDS) == 0
     for more, complaint in (

@@ -47,8 +47,11 @@ def expected(model: Loss, first: int, count: int, share: float = 0.02) -> float:
 def check_lr(tuner) -> None:
     model = Loss(slope=0.3)
     opt = zokern.MeZO(model, lr=1.0)
-    assert tuner(opt, model).lr == pytest.approx(expected(model, 4, 8), rel=1e-3)
-    assert tuner(opt, model, probes=20, share=0.1).lr == pytest.approx(expected(model, 4, 20, 0.1), rel=1e-3)
+    free = {"reach": math.inf}
+    assert tuner(opt, model, **free).lr == pytest.approx(expected(model, 4, 8), rel=1e-3)
+    assert tuner(opt, model, probes=20, share=0.1, **free).lr == pytest.approx(
+        expected(model, 4, 20, 0.1), rel=1e-3
+    )
 
 
 def check_eps(tuner) -> None:
@@ -73,6 +76,20 @@ def check_reach(tuner) -> None:
     assert several.lr == pytest.approx(expected_reach(model, 4, 16, 8, 1e-4), rel=1e-3)
 
 
+def check_sound_reach(tuner) -> None:
+    """By itself lr keeps a step in the eps where slopes hold, and the report says so."""
+    bent = Loss(slope=1e-4, cube=0.1)  # a share of the loss is far, and the loss bends before
+    found = tuner(zokern.MeZO(bent, lr=1.0, eps=1e-2), bent)
+    sound = max(width.eps for width in found.widths if width.is_sound)
+    length = found.lr * math.sqrt(found.fall)
+    assert sound < max(width.eps for width in found.widths) and length == pytest.approx(sound, rel=1e-6)
+    assert found.reach == sound and f"bounded: such a step changes a weight by {sound:.2g}" in str(found)
+    assert found.share == pytest.approx(found.lr * found.fall / found.loss) and found.share < 0.02
+    near = Loss(slope=0.3)
+    free = tuner(zokern.MeZO(near, lr=1.0), near)
+    assert free.reach is None and free.share == 0.02 and "bounded" not in str(free)
+
+
 def expected_reach(model: Loss, first: int, count: int, queries: int, reach: float) -> float:
     """reach / rms of (1/queries) sum_k c_k z_k, from the draws themselves."""
     square = 0.0
@@ -92,8 +109,22 @@ def test_reach() -> None:
         tune(zokern.MeZO(model := Loss()), model, reach=0.0)
 
 
+def test_sound_reach() -> None:
+    check_sound_reach(tune)
+
+
 def test_eps() -> None:
     check_eps(tune)
+
+
+def test_a_wrapped_optimizer_is_tuned() -> None:
+    """As zokern.step takes it; a model is refused by name."""
+    accelerate = pytest.importorskip("accelerate")
+    model = Loss(slope=0.3)
+    opt = zokern.MeZO(model, lr=1.0)
+    assert tune(accelerate.Accelerator(cpu=True).prepare(opt), model) == tune(opt, model)
+    with pytest.raises(TypeError, match="optimizer is Loss; expected a zokern optimizer"):
+        tune(model, model)
 
 
 def _with(**change):
@@ -115,6 +146,8 @@ def _with(**change):
             lambda opt, f, reach=1.0, **o: replace(t := tune(opt, f), lr=min(t.lr, reach)),
             id="reach of lr",
         ),
+        pytest.param(check_sound_reach, lambda opt, f: tune(opt, f, reach=math.inf), id="no bound"),
+        pytest.param(check_sound_reach, lambda opt, f: tune(opt, f, reach=1e-5), id="always bounded"),
         pytest.param(check_eps, _with(eps=lambda t: t.old[0]), id="eps always kept"),
         pytest.param(check_eps, _with(eps=lambda t: max(w.eps for w in t.widths)), id="largest eps"),
         pytest.param(

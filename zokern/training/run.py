@@ -151,10 +151,10 @@ def checkpoint(options: Namespace) -> dict[str, Any] | None:
     from those of the run."""
     path = Path(options.output) / CHECKPOINT
     if not options.resume:
-        if path.exists():
+        if path.exists() or path.with_name(LOG).exists():
+            goes_on = "--resume goes on with it, and another folder" if path.exists() else "another folder"
             raise ValueError(
-                f"--output is {options.output!r}, which holds a run; --resume goes on with it, and another "
-                "folder begins a new one"
+                f"--output is {options.output!r}, which holds a run; {goes_on} begins a new one"
             )
         return None
     if not path.exists():
