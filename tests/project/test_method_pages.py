@@ -3,13 +3,16 @@ complete, and the same as in the documents."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import zokern
 from zokern import cli, methods
@@ -98,6 +101,58 @@ def check_cost(cost) -> None:
 
 def test_costs() -> None:
     check_cost(cli_methods.cost)
+
+
+def check_mean(cost, names=tuple(methods.METHODS)) -> None:
+    """The losses of a whole interval, at a method's own one where a step's number changes in it; of three
+    intervals of 3 steps elsewhere."""
+    for name in names:
+        one = cost(name)
+        with_interval = "interval" in inspect.signature(methods.METHODS[name]).parameters
+        assert one.interval == 1 or with_interval, f"{name} has an interval, and no argument for it"
+        interval = one.interval if name in ("DiZO", "MeZOSVRG", "PGAP") else 3
+        counts = counted(name, {"interval": interval} if with_interval else {}, 3 * interval)[interval:]
+        mean = one.usual + (one.first - one.usual) / interval
+        assert abs(sum(counts) / len(counts) - mean) < 1e-9, f"{name} reads {counts} losses, not {mean}"
+        if interval == one.interval:
+            assert abs(one.losses - mean) < 1e-9, f"{name} reads {mean} losses a step, not {one.losses}"
+        assert one.first != one.usual or one.losses == one.usual
+
+
+@cache
+def _tiny(name: str, options: tuple, steps: int) -> list[int]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(2)])
+    evaluation, x, counts = cli_methods._Counted(), torch.ones(1, 8), list[int]()
+    optimizer = methods.METHODS[name](model, evaluation=evaluation, paired_check=0, **dict(options))
+    for _ in range(steps):
+        evaluation.asked = 0
+        result = zokern.step(optimizer, lambda: model(x).square().mean(1))
+        counts.append(evaluation.asked + (result.first_order_loss is not None))
+    return counts
+
+
+def counted(name: str, options: dict, steps: int) -> list[int]:
+    """Returns the losses that each of a method's steps reads."""
+    return _tiny(name, tuple(options.items()), steps)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_are_those_of_a_whole_interval() -> None:
+    check_mean(cli_methods.cost)
+    assert cli_methods.cost("PGAP").told == "2.2 (22 in one step of 100, else 2)"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", ["usual", "first"])
+@pytest.mark.parametrize("name", ["DiZO", "MeZOSVRG", "PGAP"])
+def test_a_count_of_one_step_alone_is_rejected(name: str, which: str) -> None:
+    right = cli_methods.cost(name)
+    one = getattr(right, which)
+    with pytest.raises(AssertionError, match=rf"{name} reads \["):
+        check_mean(lambda _: right._replace(losses=float(one), usual=one, first=one), [name])
+    with pytest.raises(AssertionError, match=f"{name} reads .* losses a step, not"):
+        check_mean(lambda _: right._replace(losses=float(one)), [name])
 
 
 def test_state_of_a_rule_is_counted(monkeypatch) -> None:
