@@ -184,6 +184,53 @@ def test_a_docstring_without_its_parts_is_refused(monkeypatch, docstring, missin
         cli_methods.page("Made")
 
 
+NUMBER = re.compile(r"\b\d(?:\.\d)?e-\d\b")
+SOURCE = re.compile(r"[Pp]ublished|reference|paper|ZO-Bench")
+
+
+def check_rates(text: str, docstring) -> None:
+    """A row for each method: its published numbers stand in the docstring, and it has the lr that is there."""
+    rows = re.findall(r"(?m)^\| ([A-Z][\w-]+)[^|]*\|([^|]*)\|([^|]*)\|", text)
+    found = {name.replace("-", ""): f"{every} {adapters}" for name, every, adapters in rows}
+    assert sorted(found) == sorted(methods.METHODS), "a row for each method"
+    for name, row in found.items():
+        told, arguments = docstring(name)
+        lrs = " ".join(text for names, text in arguments if "lr" in re.split(r"\W+", names))
+        lrs = re.sub(r"None: (lr )?\S+", "", lrs)  # the default
+        published = NUMBER.findall((SOURCE.split(lrs, 1) + [""])[1])
+        unknown = sorted(set(NUMBER.findall(row)) - set(NUMBER.findall(told)))
+        assert not unknown, f"{name}: {unknown} of docs/learning-rates.md is not in its docstring"
+        assert set(published[:1]) <= set(NUMBER.findall(row)), f"{name}: lr {published[0]} is published"
+
+
+def docstring_of(name: str) -> tuple[str, list[tuple[str, str]]]:
+    return inspect.getdoc(methods.METHODS[name]), cli_methods.page(name).arguments
+
+
+RATES = (ROOT / "docs" / "learning-rates.md").read_text()
+
+
+def test_published_learning_rates_are_those_of_the_docstrings() -> None:
+    check_rates(RATES, docstring_of)
+
+
+def test_other_published_learning_rates_are_rejected() -> None:
+    def without(name: str) -> tuple[str, list[tuple[str, str]]]:
+        told, arguments = docstring_of(name)
+        return NUMBER.sub("", told) if name == "HiZOO" else told, arguments
+
+    with pytest.raises(AssertionError, match="HiZOO: .* is not in its docstring"):
+        check_rates(RATES, without)
+    for row, wrong, message in (
+        ("| HiZOO | 1e-6 (OPT-13B), eps 1e-3 |", "| HiZOO | none found |", "HiZOO: lr 1e-6 is published"),
+        ("| ConMeZO | 1e-7,", "| ConMeZO | 3e-7,", r"ConMeZO: \['3e-7'\]"),
+        ("| LeZO |", "| Lezo |", "a row for each method"),
+    ):
+        assert row in RATES
+        with pytest.raises(AssertionError, match=message):
+            check_rates(RATES.replace(row, wrong), docstring_of)
+
+
 def test_an_unknown_name_is_refused(capsys) -> None:
     assert cli.main(["methods", "nothing"]) == 2
     assert f"nothing is no method; expected one of {', '.join(methods.METHODS)}" in capsys.readouterr().err
