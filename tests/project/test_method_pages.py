@@ -189,7 +189,7 @@ SOURCE = re.compile(r"[Pp]ublished|reference|paper|ZO-Bench")
 
 
 def check_rates(text: str, docstring) -> None:
-    """A row for each method: its published numbers stand in the docstring, and it has the lr that is there."""
+    """A row for each method: its published numbers are in the docstring, and its lr in the row."""
     rows = re.findall(r"(?m)^\| ([A-Z][\w-]+)[^|]*\|([^|]*)\|([^|]*)\|", text)
     found = {name.replace("-", ""): f"{every} {adapters}" for name, every, adapters in rows}
     assert sorted(found) == sorted(methods.METHODS), "a row for each method"

@@ -32,7 +32,7 @@ SMALL = {"rank": 3, "queries": 3}
 # Options of the loop, and those of the method beside them, which make both the printed formula.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SubZero": ({"rank": 3}, {"reshape": "none"}),
-    "SubZeroPlus": (SMALL, {"reshape": "none", "norm": "unit"}),
+    "SubZeroPlus": (SMALL, {"reshape": "none", "norm": "unit", "dense_lr": LR}),
     "LOZO": ({}, {"norm": "unit"}),
     "TeZO": ({"rank": 3}, {"norm": "unit"}),
     "PGAP": ({"rank": 3}, {"norm": "unit"}),
