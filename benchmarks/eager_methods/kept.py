@@ -173,7 +173,8 @@ class MeZOSVRG(Loop):
 
 
 class DiZO(Loop):
-    projected, interval, iterations, rate, width, reach = ("k_proj", "v_proj"), 50, 10, 2.0, 0.1, 0.2
+    projected, interval, iterations, rate = ("k_proj.weight", "v_proj.weight"), 50, 10, 2.0
+    width, reach = 0.1, 0.2
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -185,20 +186,23 @@ class DiZO(Loop):
         """W <- W0 + f (W - W0), with f from a search of one number for each matrix."""
         torch.manual_seed(seed)
         away = {i: self.parameters[i].data - start for i, start in self.start.items()}
-        factors, most = torch.ones(len(away), dtype=torch.float64), self.reach / self.width
+        lengths = torch.tensor([d.double().norm().item() for d in away.values()], dtype=torch.float64)
+        gamma, most = lengths, self.reach / self.width * lengths
 
-        def put(factors: Tensor) -> None:
-            for f, (i, start) in zip(factors.tolist(), self.start.items()):
-                self.parameters[i].data = start + f * away[i]
+        def put(gamma: Tensor) -> None:
+            for g, length, (i, start) in zip(gamma.tolist(), lengths.tolist(), self.start.items()):
+                self.parameters[i].data = start + g / length * away[i]
 
         for _ in range(self.iterations):
-            z, sides = torch.randn(len(away), dtype=torch.float64).clamp(-most, most), []
+            z = torch.randn(len(away), dtype=torch.float64).clamp(min=-most, max=most)
+            sides = []
             for sign in (1, -1):
-                put(factors + sign * self.width * z)
+                put(gamma + sign * self.width * z)
                 sides.append(closure().item())
             slope = (sides[0] - sides[1]) / (2 * self.width)
-            factors = (factors - self.rate * slope * z).clamp(1 - self.reach, 1 + self.reach)
-        put(factors)
+            moved = gamma - self.rate * lengths * slope * z
+            gamma = moved.clamp(min=(1 - self.reach) * lengths, max=(1 + self.reach) * lengths)
+        put(gamma)
 
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:

@@ -127,6 +127,7 @@ WRONG: dict[str, tuple[str, type[Loop]]] = {
     "an anchor that moves": with_("MeZOSVRG", difference=first(anchor=here)),
     "no projection": with_("DiZO", project=lambda right, s, *rest: None),
     "a search the other way": with_("DiZO", project=first(rate=lambda s: -abs(s.rate))),
+    "a search of another width": with_("DiZO", project=first(width=lambda s: 2 * s.width)),
     "no scale": with_("SubZero", z=lambda right, s, i, p: right(s, i, p) * (0.2 if i in s.basis else 1)),
     "a basis that moves": with_("TeZO", z=lambda right, s, i, p: right(s, i, p) + 0.1 * torch.randn_like(p)),
     "no correction of the moments": with_("SubZeroPlus", quotient=first(count=lambda s: 10**6)),

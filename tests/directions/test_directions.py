@@ -523,3 +523,33 @@ def test_every_direction_has_the_length_of_a_dense_one(name: str) -> None:
         check_length(unit)
     with pytest.raises(ValueError, match="norm is 'paper'; expected one of"):
         LENGTHS[name](norm="paper")
+
+
+FULL, ADAPTERS = [(512, 2048), (256, 256), (128, 4096)], [(4, 2048), (4096, 16), (64, 1024)]
+
+
+def check_reshape(direction: zokern.directions.LowRank) -> None:
+    """Adapters are factored as near-square views, and full weights as they are, at any rank."""
+    for shape in FULL:
+        assert direction.shape(torch.empty(shape, device="meta")) == shape, f"{shape} is a full weight"
+    for shape in [shape for shape in ADAPTERS if min(shape) <= 4 * direction.rank]:
+        assert min(direction.shape(torch.empty(shape, device="meta"))) > min(shape), f"{shape} is an adapter"
+
+
+@pytest.mark.parametrize("rank", [8, 16, 128])
+def test_full_weights_keep_their_shape(rank: int) -> None:
+    check_reshape(zokern.SubZeroPlus(torch.nn.Linear(2, 2), rank=rank).factored)
+    check_reshape(zokern.SubZero(torch.nn.Linear(2, 2), rank=rank).factored)
+
+
+@pytest.mark.parametrize("reshape, said", [("all", "full weight"), ("none", "an adapter")])
+def test_another_reshape_is_rejected(reshape: str, said: str) -> None:
+    class ByRank(zokern.directions.Subspace):
+        def shape(self, tensor: Tensor) -> Any:
+            near = min(tensor.shape) <= 4 * self.rank
+            return zokern.directions.lowrank.near_square(tensor.numel()) if near else tuple(tensor.shape)
+
+    with pytest.raises(AssertionError, match=said):
+        check_reshape(zokern.directions.Subspace(128, reshape=reshape))
+    with pytest.raises(AssertionError, match=r"\(512, 2048\) is a full weight"):
+        check_reshape(ByRank(128))

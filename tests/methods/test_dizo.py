@@ -46,37 +46,43 @@ class Searched(Hand):
         super().__init__(params)
         self.start = dict(self.theta)
 
-    def at_factors(self, factors: dict[str, float]) -> dict[str, Tensor]:
+    def at_gamma(self, gamma: dict[str, float]) -> dict[str, Tensor]:
+        """The weights at distances gamma from the start."""
+        away = {n: t - self.start[n] for n, t in self.theta.items()}
         return {
-            n: t if n not in factors else self.start[n] + factors[n] * (t - self.start[n])
+            n: t if n not in gamma else self.start[n] + gamma[n] * away[n] / away[n].norm()
             for n, t in self.theta.items()
         }
 
     def search(self, step: int) -> dict[str, float]:
-        factors = dict.fromkeys(CHOSEN, 1.0)
+        """Returns gamma, as published: a z of its own for each matrix, in the units of gamma."""
+        rate, width, reach = (OPTIONS[key] for key in ("rate", "width", "reach"))
+        t = {n: float((self.theta[n] - self.start[n]).norm()) for n in CHOSEN}
+        gamma = dict(t)
         for iteration in range(OPTIONS["iterations"]):
             word = draw_word((1 << 22) + iteration, RADIUS)
             z = {
                 n: float(zokern.draw("normal", (1,), seed=SEED, who=n, step=step, draw=word)) for n in CHOSEN
             }
-            z = {n: max(-2.0, min(2.0, x)) for n, x in z.items()}
+            z = {n: max(-reach / width * t[n], min(reach / width * t[n], x)) for n, x in z.items()}
             sides = [
-                float(loss(self.at_factors({n: factors[n] + s * 0.1 * z[n] for n in CHOSEN})))
-                for s in (1, -1)
+                float(loss(self.at_gamma({n: gamma[n] + s * width * z[n] for n in CHOSEN}))) for s in (1, -1)
             ]
-            g = (sides[0] - sides[1]) / 0.2
-            factors = {n: max(0.8, min(1.2, factors[n] - 0.5 * g * z[n])) for n in CHOSEN}
-        return factors
+            g = (sides[0] - sides[1]) / (2 * width)
+            gamma = {n: gamma[n] - rate * t[n] * g * z[n] for n in CHOSEN}
+            gamma = {n: max((1 - reach) * t[n], min((1 + reach) * t[n], gamma[n])) for n in CHOSEN}
+        return gamma
 
 
-def check_search(evaluation: str = "master", steps: int = 20) -> list[dict[str, float]]:
-    params, lr = weights(), 0.05
+def check_search(evaluation: str = "master", steps: int = 20, lr: float = 0.05) -> list[dict[str, float]]:
+    params = weights()
     hand, found = Searched(params), []
     optimizer = zokern.DiZO(params.items(), lr=lr, eps=EPS, seed=SEED, evaluation=evaluation, **OPTIONS)
     for step in range(steps):
         zokern.step(optimizer, lambda: loss(params))
         if step and step % 3 == 0:
-            factors = hand.search(step)
+            gamma = hand.search(step)
+            factors = {n: x / float((hand.theta[n] - hand.start[n]).norm()) for n, x in gamma.items()}
             assert optimizer.rule.factors.keys() == factors.keys(), (
                 f"step {step}: {optimizer.rule.factors} was projected"
             )
@@ -84,13 +90,40 @@ def check_search(evaluation: str = "master", steps: int = 20) -> list[dict[str, 
                 assert abs(optimizer.rule.factors[n] - f) < 2e-4, (
                     f"step {step}: {n} has factor {optimizer.rule.factors[n]}, not {f}"
                 )
-            hand.theta = hand.at_factors(factors)
+            hand.theta = hand.at_gamma(gamma)
             found.append(factors)
         hand.move(step, [(0, -lr * hand.difference(step, 0))])
         for n, p in params.items():
             away = float((p.double() - hand.theta[n]).abs().max())
             assert away < 1e-4, f"step {step}: {n} is {away} away from where the formula is"
     return found
+
+
+def check_names(chosen: Any) -> None:
+    """Published: weights, and no biases, of keys and values; with LoRA every factor and nothing else."""
+    attention = [f"l.0.self_attn.{part}_proj.{what}" for part in "qkv" for what in ("weight", "bias")]
+    assert chosen(["embed.weight", *attention]) == (attention[2], attention[4]), "k and v"
+    factors = ("l.0.q_proj.lora_A.default.weight", "l.0.v_proj.lora_B.default.weight", "l.0.fc.lora_A")
+    assert chosen([*factors, "classifier.k_proj.weight", "head.weight"]) == factors, "LoRA"
+
+
+def test_the_names_are_the_published_ones() -> None:
+    check_names(Projected().chosen)
+
+
+@pytest.mark.parametrize("parts", [("k_proj", "v_proj"), ("lora_",), ("k_proj.weight", "v_proj.weight")])
+def test_other_names_are_rejected(parts: tuple[str, ...]) -> None:
+    def chosen(names: list[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if any(part in name for part in parts)) or tuple(names)
+
+    with pytest.raises(AssertionError):
+        check_names(chosen)
+
+
+@pytest.mark.parametrize("lr", [0.005, 0.15])
+def test_the_search_equals_its_formula_near_and_far_from_the_start(lr: float) -> None:
+    """z is cut where ||W - W0|| is small, and steps are short where it is large."""
+    check_search(steps=10, lr=lr)
 
 
 @pytest.mark.parametrize("evaluation", ["master", "paired", "scratch", "inplace", "auto"])
@@ -122,6 +155,11 @@ WRONG: dict[str, Any] = {
     "uphill": lambda: searching_with(lambda rule: {"rate": -rule.rate}),
     "step of the width": lambda: searching_with(lambda rule: {"rate": rule.rate * rule.width}),
     "an iteration too few": lambda: searching_with(lambda rule: {"iterations": rule.iterations - 1}),
+    "z in units of f": lambda: replaced(Projected, "_search", lambda right, self, part, lengths,
+        oracle: right(self, part, dict.fromkeys(lengths, 1.0), oracle)),
+    "one length for all": lambda: replaced(Projected, "_search", lambda right, self, part, lengths,
+        oracle: right(self, part, dict.fromkeys(lengths, max(lengths.values())), oracle)),
+    "the length of W": lambda: replaced(projected, "_length", lambda right, x: right(x) + 1.0),
     "one z for all": lambda: replaced(projected, "_normals", lambda right, plan,
         word: right(plan, word)[:1] * len(plan.names)),
     "z of the step's own draws": lambda: replaced(projected, "_normals", lambda right, plan,
@@ -250,7 +288,6 @@ def test_what_it_cannot_do_is_refused() -> None:
         ValueError, match=r"names is \('q_proj',\), which no trained parameter has in its name"
     ):
         zokern.step(zokern.DiZO(model, projected=["q_proj"]), lambda: next_token_loss(model(IDS), IDS))
-    assert Projected().chosen(["a.q_proj.w", "a.k_proj.w", "a.v_proj.b"]) == ("a.k_proj.w", "a.v_proj.b")
     assert (
         Projected().chosen(["a.c_attn.w", "b"])
         == ("a.c_attn.w", "b")

@@ -96,14 +96,14 @@ def late(right, self, updates):
 
 WRONG: dict[str, Any] = {
     "read at theta": lambda: patch.object(averaged.Averaged, "base", lambda self, point: (None, point)),
-    "beta late": lambda: replaced(averaged.Averaged, "share", late),
+    "beta late": lambda: replaced(averaged.Averaged, "weight", late),
     "span": lambda: replaced(
-        averaged.Averaged, "share", lambda right, self, updates: right(self, 2 * updates)
+        averaged.Averaged, "weight", lambda right, self, updates: right(self, 2 * updates)
     ),
-    "no average": lambda: patch.object(averaged.Averaged, "share", lambda self, updates: 1.0),
+    "no average": lambda: patch.object(averaged.Averaged, "weight", lambda self, updates: 1.0),
     "swapped": lambda: replaced(
         averaged.Averaged,
-        "share",
+        "weight",
         lambda right, self, updates: 1.0 - right(self, updates) if updates else 1.0,
     ),
     "width stays": lambda: replaced(
@@ -209,7 +209,7 @@ def test_fast_weights_keep_what_16_bits_lose() -> None:
         assert fast[-1].mean() < 0.95
         mean = torch.ones(64)
         for t, one in enumerate(fast):
-            mean += (one - mean) * rule.share(t)
+            mean += (one - mean) * rule.weight(t)
         ends[rounding] = float((p.detach().float() - mean).abs().max())
     assert ends["residual"] <= 2.0**-7 and ends["nearest"] > 2.0**-5, ends
 

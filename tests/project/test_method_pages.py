@@ -3,13 +3,16 @@ complete, and the same as in the documents."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import zokern
 from zokern import cli, methods
@@ -100,6 +103,58 @@ def test_costs() -> None:
     check_cost(cli_methods.cost)
 
 
+def check_mean(cost, names=tuple(methods.METHODS)) -> None:
+    """The losses of a whole interval, at a method's own one where a step's number changes in it; of three
+    intervals of 3 steps elsewhere."""
+    for name in names:
+        one = cost(name)
+        with_interval = "interval" in inspect.signature(methods.METHODS[name]).parameters
+        assert one.interval == 1 or with_interval, f"{name} has an interval, and no argument for it"
+        interval = one.interval if name in ("DiZO", "MeZOSVRG", "PGAP") else 3
+        counts = counted(name, {"interval": interval} if with_interval else {}, 3 * interval)[interval:]
+        mean = one.usual + (one.first - one.usual) / interval
+        assert abs(sum(counts) / len(counts) - mean) < 1e-9, f"{name} reads {counts} losses, not {mean}"
+        if interval == one.interval:
+            assert abs(one.losses - mean) < 1e-9, f"{name} reads {mean} losses a step, not {one.losses}"
+        assert one.first != one.usual or one.losses == one.usual
+
+
+@cache
+def _tiny(name: str, options: tuple, steps: int) -> list[int]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(2)])
+    evaluation, x, counts = cli_methods._Counted(), torch.ones(1, 8), list[int]()
+    optimizer = methods.METHODS[name](model, evaluation=evaluation, paired_check=0, **dict(options))
+    for _ in range(steps):
+        evaluation.asked = 0
+        result = zokern.step(optimizer, lambda: model(x).square().mean(1))
+        counts.append(evaluation.asked + (result.first_order_loss is not None))
+    return counts
+
+
+def counted(name: str, options: dict, steps: int) -> list[int]:
+    """Returns the losses that each of a method's steps reads."""
+    return _tiny(name, tuple(options.items()), steps)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_are_those_of_a_whole_interval() -> None:
+    check_mean(cli_methods.cost)
+    assert cli_methods.cost("PGAP").told == "2.2 (22 in one step of 100, else 2)"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("which", ["usual", "first"])
+@pytest.mark.parametrize("name", ["DiZO", "MeZOSVRG", "PGAP"])
+def test_a_count_of_one_step_alone_is_rejected(name: str, which: str) -> None:
+    right = cli_methods.cost(name)
+    one = getattr(right, which)
+    with pytest.raises(AssertionError, match=rf"{name} reads \["):
+        check_mean(lambda _: right._replace(losses=float(one), usual=one, first=one), [name])
+    with pytest.raises(AssertionError, match=f"{name} reads .* losses a step, not"):
+        check_mean(lambda _: right._replace(losses=float(one)), [name])
+
+
 def test_state_of_a_rule_is_counted(monkeypatch) -> None:
     monkeypatch.setitem(methods.METHODS, "WithAdam", lambda m, **o: MeZO(m, rule=zokern.Adam(), **o))
     assert cli_methods.cost("WithAdam").state == 8.0
@@ -127,6 +182,53 @@ def test_a_docstring_without_its_parts_is_refused(monkeypatch, docstring, missin
         return
     with pytest.raises(ValueError, match=missing):
         cli_methods.page("Made")
+
+
+NUMBER = re.compile(r"\b\d(?:\.\d)?e-\d\b")
+SOURCE = re.compile(r"[Pp]ublished|reference|paper|ZO-Bench")
+
+
+def check_rates(text: str, docstring) -> None:
+    """A row for each method: its published numbers are in the docstring, and its lr in the row."""
+    rows = re.findall(r"(?m)^\| ([A-Z][\w-]+)[^|]*\|([^|]*)\|([^|]*)\|", text)
+    found = {name.replace("-", ""): f"{every} {adapters}" for name, every, adapters in rows}
+    assert sorted(found) == sorted(methods.METHODS), "a row for each method"
+    for name, row in found.items():
+        told, arguments = docstring(name)
+        lrs = " ".join(text for names, text in arguments if "lr" in re.split(r"\W+", names))
+        lrs = re.sub(r"None: (lr )?\S+", "", lrs)  # the default
+        published = NUMBER.findall((SOURCE.split(lrs, 1) + [""])[1])
+        unknown = sorted(set(NUMBER.findall(row)) - set(NUMBER.findall(told)))
+        assert not unknown, f"{name}: {unknown} of docs/learning-rates.md is not in its docstring"
+        assert set(published[:1]) <= set(NUMBER.findall(row)), f"{name}: lr {published[0]} is published"
+
+
+def docstring_of(name: str) -> tuple[str, list[tuple[str, str]]]:
+    return inspect.getdoc(methods.METHODS[name]), cli_methods.page(name).arguments
+
+
+RATES = (ROOT / "docs" / "learning-rates.md").read_text()
+
+
+def test_published_learning_rates_are_those_of_the_docstrings() -> None:
+    check_rates(RATES, docstring_of)
+
+
+def test_other_published_learning_rates_are_rejected() -> None:
+    def without(name: str) -> tuple[str, list[tuple[str, str]]]:
+        told, arguments = docstring_of(name)
+        return NUMBER.sub("", told) if name == "HiZOO" else told, arguments
+
+    with pytest.raises(AssertionError, match="HiZOO: .* is not in its docstring"):
+        check_rates(RATES, without)
+    for row, wrong, message in (
+        ("| HiZOO | 1e-6 (OPT-13B), eps 1e-3 |", "| HiZOO | none found |", "HiZOO: lr 1e-6 is published"),
+        ("| ConMeZO | 1e-7,", "| ConMeZO | 3e-7,", r"ConMeZO: \['3e-7'\]"),
+        ("| LeZO |", "| Lezo |", "a row for each method"),
+    ):
+        assert row in RATES
+        with pytest.raises(AssertionError, match=message):
+            check_rates(RATES.replace(row, wrong), docstring_of)
 
 
 def test_an_unknown_name_is_refused(capsys) -> None:

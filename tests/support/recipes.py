@@ -433,18 +433,15 @@ class Formula:
             self.memory["anchor"] = dict(self.theta)
         self.now = max(step for step, _ in move.draws)
         for name in move.scope:
-            share = self.optimizer.rule.share if self.kind == "muon" and self.shape(name) is None else 1.0
+            share = self.optimizer.rule.share if self.shape(name) is None else 1.0
             theta = self.theta[name]
             if self.shape(name) is None:
                 total = sum_of([self.dense(name, *draw) * w for draw, w in zip(move.draws, weights)])
                 if self.kind == "averaged":
                     self.average(name, total, lr, weight_decay)
                     continue
-                made = (
-                    total * share
-                    if self.kind in ("sgd", "muon", "cone", "projected")
-                    else self.averaged(name, total)
-                )
+                plain = self.kind in ("sgd", "muon", "cone", "projected")
+                made = (total if plain else self.averaged(name, total)) * share
                 if self.kind == "cone":
                     self.tilted(name, weights[0], step)
             else:

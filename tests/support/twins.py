@@ -32,7 +32,7 @@ SMALL = {"rank": 3, "queries": 3}
 # Options of the loop, and those of the method beside them, which make both the printed formula.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SubZero": ({"rank": 3}, {"reshape": "none"}),
-    "SubZeroPlus": (SMALL, {"reshape": "none", "norm": "unit"}),
+    "SubZeroPlus": (SMALL, {"reshape": "none", "norm": "unit", "dense_lr": LR}),
     "LOZO": ({}, {"norm": "unit"}),
     "TeZO": ({"rank": 3}, {"norm": "unit"}),
     "PGAP": ({"rank": 3}, {"norm": "unit"}),
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "MeZOGV": ({}, {"norm": "unit"}),
     "DPZO": ({"clip": 1e-3, "noise": 0.0}, {}),
     "LeZO": ({"sparsity": 0.5}, {}),
-    "DiZO": ({"interval": 2, "iterations": 3}, {"projected": ("k_proj", "v_proj")}),
+    "DiZO": ({"interval": 2, "iterations": 3}, {"projected": ("k_proj.weight", "v_proj.weight")}),
 }
 ROWS = ("DPZO",)  # the loss of each example
 SPACES = {"SubZeroPlus", "ZOMuon", "ZOMOPI"}  # their rules work in the space of a draw
@@ -276,14 +276,16 @@ def projecting(loop: Any, closure: Watched, formula: Seen) -> Watched:
                 [((weights[loop.names[i]] - loop.start[i]) / far).median() for i, far in away.items()]
             )
 
+        t = torch.tensor([far.double().norm().item() for far in away.values()], dtype=torch.float64)
         sides, found = closure.readings.copy(), torch.ones(len(away), dtype=torch.float64)
         closure.readings.clear()
         assert len(sides) == 2 * rule.iterations, f"{len(sides)} losses of a search"
         for ahead, behind in zip(sides[::2], sides[1::2]):
             both = factors(ahead.weights), factors(behind.weights)
-            z, slope = (both[0] - both[1]) / (2 * rule.width), (ahead.loss - behind.loss) / (2 * rule.width)
+            z = (both[0] - both[1]) * t / (2 * rule.width)  # in the units of gamma = t f
+            slope = (ahead.loss - behind.loss) / (2 * rule.width)
             assert torch.allclose((both[0] + both[1]) / 2, found, atol=1e-6), "the search does not go on"
-            assert z.any() and z.abs().max() <= rule.reach / rule.width + 1e-6
+            assert z.any() and (z.abs() / t).max() <= rule.reach / rule.width + 1e-6
             found = (found - rule.rate * slope * z).clamp(1 - rule.reach, 1 + rule.reach)
         now = factors({name: p.data for name, p in zip(loop.names, loop.parameters)})
         assert torch.allclose(now, found, atol=1e-6) and (now != 1).all(), "other factors than were found"

@@ -8,7 +8,8 @@ docstrings and runs.
 
 The file of a method opens with its name, what it does, and its paper. The class's docstring holds, in
 paragraphs: the formula, then text, of which one paragraph begins with "Use it" and says when, then a line for
-every argument. Losses a step and bytes a weight are measured here, on two matrices of SIZE x SIZE.
+every argument. Losses a step and bytes a weight are measured here, on two matrices of SIZE x SIZE. Where the
+steps of an interval read different numbers of losses, their mean is told.
 """
 
 from __future__ import annotations
@@ -39,14 +40,27 @@ HEAD = ("method", "what it is", "losses a step", "bytes a weight", "default lr",
 class Cost(NamedTuple):
     """What a step of a method takes, measured.
 
-    losses   that its second step reads
-    state    bytes that it keeps for each weight of the matrix
-    lr, eps  its defaults"""
+    losses    that a step reads, the mean over an interval
+    state     bytes that it keeps for each weight of the matrix
+    lr, eps   its defaults
+    usual     losses that a step within an interval reads
+    first     losses that the first step of an interval reads
+    interval  steps of an interval; 1 where a method has none"""
 
-    losses: int
+    losses: float
     state: float
     lr: float
     eps: float
+    usual: int
+    first: int
+    interval: int
+
+    @property
+    def told(self) -> str:
+        """Returns the losses a step; where they differ, the mean and both numbers."""
+        if self.first == self.usual:
+            return str(self.usual)
+        return f"{self.losses:.3g} ({self.first} in one step of {self.interval}, else {self.usual})"
 
 
 @dataclass(frozen=True)
@@ -84,22 +98,28 @@ class _Counted(Jvp):
 
 @cache
 def cost(name: str) -> Cost:
-    """Measures a method at its defaults on two matrices: two steps, of which the second one is counted."""
+    """Measures a method at its defaults on two matrices.
+
+    The second step is counted. Of a method with an interval the third and the fourth step are, at an interval
+    of 2 steps: the first one of an interval, and another."""
     model = torch.nn.Sequential(*[torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu") for _ in range(2)])
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
     x = torch.ones(1, SIZE, dtype=torch.float32, device="cpu")
     evaluation = _Counted()
     make: Any = methods.METHODS[name]
-    optimizer = make(model, evaluation=evaluation, paired_check=0)
+    given = inspect.signature(make).parameters.get("interval")
+    interval, short = (1, {}) if given is None else (int(given.default), {"interval": 2})
+    optimizer, counts = make(model, evaluation=evaluation, paired_check=0, **short), list[int]()
     group = optimizer.param_groups[0]
     lr, eps = float(group["lr"]), float(group["eps"])  # before a step, which may have a schedule of its own
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(2):
+        for _ in range(4 if short else 2):
             evaluation.asked = 0
             # one example: a scalar, and a vector of losses
             result = step(optimizer, lambda: model(x).square().mean(1))
+            counts.append(evaluation.asked + (result.first_order_loss is not None))
     both = [optimizer, getattr(optimizer, "first_order", optimizer)]  # Hybrid has a torch optimizer
     states = [state for one in both for state in one.state.values()]
     kept = {
@@ -108,8 +128,9 @@ def cost(name: str) -> Cost:
     for matrix in optimizer.matrices.values():
         kept |= {id(value): value for value in (matrix.left, matrix.right) if value is not None}
     size = sum(value.numel() * value.element_size() for value in kept.values())
-    asked = evaluation.asked + (result.first_order_loss is not None)
-    return Cost(asked, size / (2 * SIZE**2), lr, eps)
+    usual, first = counts[-1], counts[-2] if short else counts[-1]
+    losses = usual + (first - usual) / interval
+    return Cost(losses, size / (2 * SIZE**2), lr, eps, usual, first, interval)
 
 
 def page(name: str) -> Page:
@@ -157,9 +178,7 @@ def table() -> list[tuple[str, ...]]:
         one, what = cost(name), page(name)
         state = "0" if not one.state else f"{one.state:.2g}"
         paper = re.split(r", (?=\"|arXiv)", what.paper)[0]
-        rows.append(
-            (f"`{name}`", what.title, str(one.losses), state, f"{one.lr:.0e}".replace("e-0", "e-"), paper)
-        )
+        rows.append((f"`{name}`", what.title, one.told, state, f"{one.lr:.0e}".replace("e-0", "e-"), paper))
     return rows
 
 
@@ -188,11 +207,15 @@ def markdown_page(name: str) -> str:
         _wrapped(f"{what.title[0].upper()}{what.title[1:]}. {what.paper}."),
         "```\n" + "\n".join(what.formula) + "\n```",
     ]
-    size, losses = f"{one.state:.2g}", "1 loss" if one.losses == 1 else f"{one.losses} losses"
+    size, losses = f"{one.state:.2g}", "1 loss" if one.told == "1" else f"{one.usual} losses"
+    if one.first != one.usual:
+        losses = f"{one.losses:.3g} losses in the mean: {one.first} in one of {one.interval}, "
+        losses += f"else {one.usual}"
     unit = "byte" if size == "1" else "bytes"
     state = "nothing" if not one.state else f"{size} {unit} a weight ({SIZE} x {SIZE} matrices)"
     parts += [_wrapped(text) for text in [what.use, *(text for text in what.text if text != what.use)]]
-    parts.append(f"A step reads {losses}. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}.")
+    told = f"A step reads {losses}. It keeps {state}. Defaults: lr {one.lr:g}, eps {one.eps:g}."
+    parts.append(_wrapped(told))
     parts.append(
         "| argument | |\n|---|---|\n"
         + "\n".join(f"| `{names}` | {_cell(text)} |" for names, text in what.arguments)
@@ -209,7 +232,7 @@ def markdown() -> str:
     head = (
         "`python -m zokern methods --markdown` wrote this page from the docstrings of `zokern/methods/`. "
         f"Losses a step and bytes a weight are measured on two {SIZE} x {SIZE} matrices at a method's "
-        "defaults. The weights' own bytes do not count."
+        "defaults. Losses are the mean over an interval. The weights' own bytes do not count."
     )
     pages = (markdown_page(name) + "\n" for name in methods.METHODS)
     return "\n".join(["# Methods", "", *textwrap.wrap(head, 110), "", markdown_table(), "", *pages])

@@ -145,6 +145,9 @@ def near_square(count: int) -> tuple[int, int]:
 
 
 LEFT, RIGHT = draw_word(0, BASIS), draw_word(1, BASIS)
+# side of a matrix above which it is no factor of an adapter, whatever r is: full weights such as the keys of
+# grouped attention are not narrower
+ADAPTER = 64
 RESHAPES, NORMS = ("adapters", "all", "none"), ("matched", "unit")
 
 
@@ -155,8 +158,8 @@ class LowRank:
     rank     r of every matrix, at most min(m, n)
     norm     'matched': s makes E||z||_F^2 = m n, as for a dense z, so that one eps and one lr fit all
              directions; 'unit': s = 1
-    reshape  'adapters': a matrix with a side of at most 4 r (a LoRA factor) is factored as the near-square
-             view (a, b), a b = m n, of its flattened elements; 'all'; 'none'
+    reshape  'adapters': a matrix with a side of at most 4 r and at most 64 (a LoRA factor) is factored as
+             the near-square view (a, b), a b = m n, of its flattened elements; 'all'; 'none'
     dense    the direction of everything else; None: normal
 
     Every kept factor is a function of (seed, name, step of its draw), every drawn one of (seed, name, step,
@@ -208,7 +211,8 @@ class LowRank:
         """Returns rows and columns of the matrix that a parameter is; None: it takes a dense z."""
         shape = matrix_shape(tensor)
         if shape is not None and (
-            self.reshape == "all" or (self.reshape == "adapters" and min(shape) <= 4 * self.rank)
+            self.reshape == "all"
+            or (self.reshape == "adapters" and min(shape) <= min(4 * self.rank, ADAPTER))
         ):
             return near_square(tensor.numel())
         return shape

@@ -36,8 +36,8 @@ class Anchored(Spsa):
         a_k, z'_k: slopes of the full data, and draws, of the step that set the anchor, where g = ratio G
 
     interval         steps between two anchors (the paper's q): 2, as in the published script
-    full             a closure of the loss of the full data, F; None: the step's own, as in the published
-                     code
+    full             a closure of the loss of the full data, F, as published; None: the step's own, so that G
+                     keeps the noise of one batch
     ratio            lr of the steps that set the anchor over that of the others (the paper's eta_1 /
                      eta_2)
     queries, stencil, clip  as for zokern.Spsa; clip, in units of loss per weight, bounds each difference

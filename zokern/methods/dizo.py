@@ -15,8 +15,10 @@ class DiZO(ZerothOrder):
     W <- W0 + f (W - W0) before that, every `interval` steps, for some parameters
 
     f is one number for each of them, found on the step's batch from f = 1. An iteration draws z, normal and
-    cut at +-reach / width. Then g = (L(f + width z) - L(f - width z)) / (2 width), and f <- f - rate g z, cut
-    at 1 +- reach. The paper's gamma is f ||W - W0||.
+    cut at +-reach t / width, where t = ||W - W0||. Then g = (L(f + width z / t) - L(f - width z / t)) /
+    (2 width), and f <- f - rate g z, cut at 1 +- reach. The paper writes this for gamma = t f.
+
+    The public code reads another batch in every iteration, and leaves token embeddings as they are.
 
     Use it where layers of a pre-trained model should move by different lengths,
     which MeZO's one lr does not give.
@@ -24,12 +26,12 @@ class DiZO(ZerothOrder):
     params      a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps     per step and in weights, as for MeZO. None: 2e-5. Published: lr 1e-6, eps 1e-3 (OPT-2.7B, 4000
                 steps)
-    projected   parts of the names of the parameters that are rescaled. None: 'k_proj' and 'v_proj', as
-                published, or all where no name has these
+    projected   parts of the names of the parameters that are rescaled. None, as published: 'lora_' where a
+                name has it, else 'k_proj.weight' and 'v_proj.weight'. All where no name has these
     interval    steps between two projections: 50
     iterations  of a search, two losses each: 10, as published
-    rate        of a search, per unit of loss: 2.0, as published
-    width       of its differences, in units of f: 0.1, as published
+    rate        of a search, in weights per unit of loss: 2.0, as published
+    width       of its differences, of t f in weights: 0.1, as published
     reach       how far f goes from 1 per search: 0.2, as published
     options     those of zokern.MeZO; evaluation is 'auto' by default
 

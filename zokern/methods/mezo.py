@@ -24,7 +24,7 @@ class MeZO(ZerothOrder):
     lr            per step. None: 2e-5 where c is a slope, in weights per unit of it; 2e-4 where steps have
                   one length whatever the slope (estimators Sign and Spread, rule Adam), in weights. They suit
                   models of 1e8 weights (docs/learning-rates.md); the paper, OPT-13B: 1e-6 or 1e-7 for all
-                  weights, 1e-4 with LoRA
+                  weights, 1e-4 or 5e-5 with LoRA
     eps           half-width of the difference, in weights; the paper: 1e-3 for all weights, 1e-2 with LoRA
     weight_decay  decoupled, scaled by lr; applies to the whole group (make a second group for norms and
                   biases)

@@ -21,12 +21,14 @@ class MeZOSVRG(ZerothOrder):
     Use it where batches differ much in their slopes, and the loss of all data can be read now and then.
 
     params    a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
-    lr, eps   per step and in weights, of MeZO's size. None: 2e-5. Published numbers were not found
-    full      a closure of the loss of the full data, read every `interval` steps. None: the step's own
-              closure, as in the published code. G then keeps the noise of one batch for the interval
+    lr, eps   per step and in weights, of MeZO's size. None: 2e-5. Published: lr 1e-6 with ratio 50, eps 1e-3
+              (OPT-2.7B, by the names of its runs and the defaults of the public script)
+    full      a closure of the loss of the full data, read every `interval` steps: in the public code one
+              batch of all 512 examples. None: the step's own closure, which is not the method as published.
+              G then keeps the noise of one batch for the interval
     interval  the paper's q: 2, as in the published script
-    ratio     the paper's eta_1 / eta_2: lr of the steps that set the anchor over that of the others. 1; the
-              paper takes more
+    ratio     the paper's eta_1 / eta_2: lr of the steps that set the anchor over that of the others. 1 by
+              default. Published: 50, and 1 to 100 in the scripts for RoBERTa-large
     queries   draws per step, averaged (1)
     options   those of zokern.MeZO; evaluation is 'auto' by default
 

@@ -28,8 +28,9 @@ class SubZero(ZerothOrder):
     interval  steps between two bases (the paper's F or T0: 500 to 2000)
     norm      s: 'matched' sqrt(m n) / r, the reference's code, E||S||_F^2 = m n; 'unit' 1, the formula as
               printed
-    reshape   'adapters': matrices with a side of at most 4 r are factored as the near-square view of their
-              elements (the reference does so for LoRA and prompts); 'all'; 'none'
+    reshape   'adapters': matrices with a side of at most 4 r, and of at most 64, are factored as the
+              near-square view of their elements (the reference does so for LoRA, prefixes and prompts);
+              'all'; 'none'
     defer     updates wait in the r x r core until the basis changes, and W is written once per interval;
               None: where the optimizer was given the module, whose forward and state_dict then write them
               (ZerothOrder.flush, ZerothOrder.evaluating)

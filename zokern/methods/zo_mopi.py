@@ -26,8 +26,9 @@ class ZOMOPI(ZerothOrder):
     params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps    in weights, as for zokern.ZOMuon; None: 2e-4. Published for OPT-13B on RTE, with norm='unit':
                lr 1e-2, eps 1e-3
-    dense_lr   lr of the parameters that are not matrices, while lr has its first value; it follows schedules
-               of lr. The reference: 1e-7
+    dense_lr   lr of the parameters that are not matrices, while lr has its first value, above 0; it follows
+               schedules of lr. The reference: 1e-7. A group of these alone that has an lr of its own moves by
+               that
     rank       r, at most min(m, n); published: 64
     leading    k, at most r: 32 as published
     interval   steps between two P: 500

@@ -30,8 +30,9 @@ class ZOMuon(ZerothOrder):
     params     a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps    in weights: with norm='matched' a step is about lr long in every weight. None: 2e-4. Published
                for OPT-13B, with norm='unit': lr 1e-2, eps 1e-3
-    dense_lr   lr of the parameters that are not matrices, while lr has its first value; it follows schedules
-               of lr. The reference: 1e-7
+    dense_lr   lr of the parameters that are not matrices, while lr has its first value, above 0; it follows
+               schedules of lr. The reference: 1e-7. A group of these alone that has an lr of its own moves by
+               that
     rank       r, at most min(m, n); published: 64
     interval   steps between two P (the paper's T0): 100
     queries    N: 4 as published, of a search over 4 to 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..checks import finite_number
+from ..directions import LowRank
 from ..estimator import Estimator, Spsa, Stencil
 from ..guards import Guards
 from ..rule import Rule, Sgd
@@ -115,6 +117,14 @@ def check_group(options: dict[str, Any]) -> None:
             f"weight_decay is {decay!r} and lr is {lr!r}; expected lr * weight_decay of at most 1, beyond "
             "which weights change their sign in every step"
         )
+
+
+def keep_lr(given: dict[str, Any], tensors: Iterable[Tensor], rule: Rule, factored: LowRank | None) -> None:
+    """Notes in a new group that its lr is meant as it is: it has one of its own, and no matrix.
+
+    given  what the group was given, to which `share` is added (zokern.Rule)"""
+    if rule.share != 1.0 and "lr" in given and factored is not None and not any(map(factored.shape, tensors)):
+        given.setdefault("share", 1.0)
 
 
 def _check_scalar(name: str, value: Any) -> None:

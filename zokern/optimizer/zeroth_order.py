@@ -140,6 +140,7 @@ class ZerothOrder(torch.optim.Optimizer):
         group = self.work.named(param_group)
         options.check_group({**self.defaults, **group})
         entries = self.work.add(group)
+        options.keep_lr(group, [entry.tensor for entry in entries], self.rule, self.factored)
         group["params"] = [(entry.name, entry.tensor) for entry in entries]
         super().add_param_group(group)
         self.work.append(entries)
@@ -287,6 +288,8 @@ class ZerothOrder(torch.optim.Optimizer):
         work.build(self.param_groups, self.state)
         for group in work.groups:
             group.eps = float(group.options["eps"])
+            if self.rule.share is None and group.matrices is None:
+                self.rule.share_of(group)
         if not work.groups:
             raise ValueError("no parameter requires a gradient any more: nothing to train in this step")
         # parts that a step does not name are forgotten: they hold lists of tensors

@@ -24,7 +24,7 @@ and quotient have the shape of a draw X_k, where z_k = s U X_k V^T:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from ..directions import Matrix
 from ..estimator.base import ONES
 from ..group import Group
 from ..plan import Plan
-from .base import Rule
+from .base import Rule, check_share
 from .carry import carried
 from .dense import advance
 from .state import Keeps
@@ -70,6 +70,7 @@ class Adam(Rule):
                      (SubZero+). It goes with any basis
     carry            True, with core: at a new basis the moments are carried over to it, V by squared
                      overlaps. False: their numbers stay as they are, the plain reading of SubZero+
+    share            parameters that are not matrices have an lr of `share` times their group's
 
     Keeps `first` and `second` in the optimizer's state, float32, and the count `updates`. For a dense z
     they are two moments of the parameter's shape, 8 bytes a weight. For zokern.TeZO they are 2 r numbers
@@ -91,7 +92,9 @@ class Adam(Rule):
         inside: bool = False,
         core: bool = False,
         carry: bool = False,
+        share: float | None = 1.0,
     ) -> None:
+        self.share = check_share(share)
         self.betas = pair(betas)
         self.eps = within("adam_eps", eps, SMALLEST, LARGEST, "a number above 0, finite in float32")
         self.bias_correction, self.inside = flag("bias_correction", bias_correction), flag("inside", inside)
@@ -123,6 +126,12 @@ class Adam(Rule):
         inside, outside = (self.eps * c2, 0.0) if self.inside else (0.0, self.eps)
         return decay, lr / c1, beta1, 1.0 - beta1, beta2, 1.0 - beta2, inside, 1.0 / math.sqrt(c2), outside
 
+    def _scalars_of(self, group: Group) -> Callable[[float, float, int], tuple[float, ...]]:
+        share = self.share_of(group)
+        if share == 1.0:
+            return self.scalars
+        return lambda lr, decay, updates: self.scalars(share * lr, 1.0 - share * (1.0 - decay), updates)
+
     def _corrections(self, updates: int) -> tuple[float, float]:
         c1, c2 = (1.0 - beta**updates if self.bias_correction else 1.0 for beta in self.betas)
         return c1, c2
@@ -132,7 +141,7 @@ class Adam(Rule):
         defer: bool
     ) -> Tensor | int:  # fmt: skip
         if group.matrices is None:
-            return advance(self, plan, group, weights, self.scalars, states, lr, decay)
+            return advance(self, plan, group, weights, self._scalars_of(group), states, lr, decay)
         if self.core:
             return self._in_core(plan, group, weights, lr, decay, states, defer)
         weights = Weights.of(weights, lr, decay, group.theta[0].device)

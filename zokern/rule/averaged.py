@@ -57,7 +57,7 @@ class Averaged(Rule):
     def __init__(self, span: float = 6.0) -> None:
         self.span = finite_number("span", span, above=0.0)
 
-    def share(self, updates: int) -> float:
+    def weight(self, updates: int) -> float:
         """Returns w_t after t = `updates` updates."""
         return max(1, round(GRID / (1.0 + updates / self.span))) / GRID
 
@@ -70,7 +70,7 @@ class Averaged(Rule):
         for i, tensor in enumerate(group.tensors):
             if "fast" in (state := states[tensor]):
                 theta = group.read(i)
-                group.put(i, theta + (state["fast"] - theta) * self.share(state["updates"]))
+                group.put(i, theta + (state["fast"] - theta) * self.weight(state["updates"]))
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
@@ -89,7 +89,7 @@ class Averaged(Rule):
                 return 0
 
         def scalars(lr: float, decay: float, updates: int) -> tuple[float, ...]:
-            w = self.share(updates - 1)
+            w = self.weight(updates - 1)
             return 1.0 - w, w, decay, lr
 
         return advance(self, plan, group, weights, scalars, states, lr, decay)

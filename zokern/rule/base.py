@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import within
 from ..directions import LowRank, Matrix, Scaled
 from ..group import Group
 from ..plan import Plan
@@ -32,6 +33,9 @@ class Rule:
         plain     True: it makes z of its own, and is refused with a direction that has factors
         gated     True: it writes what `weights.projected` says in device memory, and nothing in a step that
                   is not finite, so that no value is read. A subclass says it anew
+        share     lr of parameters that are not matrices, over that of their group. With a low-rank direction
+                  a group of these alone that has an lr of its own moves by that. None: not known, and their
+                  lr has to be 0
         shards    True: it takes the block of a parameter that this process holds, as it is in group.theta. A
                   subclass says it anew; sharded parameters are refused without it
         captures  whether a graph can hold its step. None: it can, without `base` and `prepare`
@@ -42,6 +46,7 @@ class Rule:
 
     name = ""
     lr: float | None = None
+    share: float | None = 1.0
     dense = lowrank = linear = diagonal = plain = shards = False
     captures: bool | None = None
     base: Callable[[Any], Any] | None = None
@@ -66,6 +71,19 @@ class Rule:
         kept in `pending` instead."""
         raise NotImplementedError(f"rule {type(self).__name__} has no update()")
 
+    def share_of(self, group: Group) -> float:
+        """Returns the lr of a group's dense parameters, over that of the group.
+
+        Raises ValueError where the share is not known, and lr is not 0."""
+        share, lr = group.options.get("share", self.share), group.options["lr"]
+        if share is None and lr:
+            raise ValueError(
+                f"lr is {lr!r} in the group of {group.names[0]!r}, and was 0 when the optimizer was made: "
+                "dense_lr has no ratio to that. Expected an optimizer made with the lr of the run; "
+                "param_groups may have lr 0 afterwards"
+            )
+        return 0.0 if share is None else float(share)
+
     def keeps(self, shape: tuple[int, ...], draw: tuple[int, int] | None) -> Keeps:
         """Returns what the rule keeps of a parameter of this shape: nothing, unless a rule says so. draw: the
         shape of a draw of a low-rank one; None: its z is dense."""
@@ -80,6 +98,11 @@ class Rule:
         self, group: Group, matrix: Matrix, left: Tensor | None, right: Tensor | None, state: Any
     ) -> None:
         """Carries the state over from the basis (left, right) of a matrix to its present one."""
+
+
+def check_share(share: float | None) -> float | None:
+    """Returns a rule's `share`. Raises ValueError for a number out of range."""
+    return None if share is None else within("share", share, 0.0, 2.0**128, "None or a number, at least 0")
 
 
 def renew(rule: Rule, factored: LowRank, group: Group, states: Any, seed: int, step: int) -> None:
@@ -158,4 +181,4 @@ def check_scaled(rule: Rule, direction: Scaled | None) -> None:
         )
 
 
-__all__ = ["Rule", "basis_of", "check_basis", "check_scaled", "renew"]
+__all__ = ["Rule", "basis_of", "check_basis", "check_scaled", "check_share", "renew"]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast
-from ..checks import flag, is_number, whole_number, within
+from ..checks import finite_number, flag, is_number, whole_number, within
 from ..device_numbers import Weights
 from ..directions import Matrix
 from ..estimator.base import ONES
@@ -35,7 +35,7 @@ from ..gemm.library import one_thread
 from ..group import Group
 from ..plan import Plan
 from ..stream import BASIS, draw_word
-from .base import Rule
+from .base import Rule, check_share
 from .carry import carried
 from .state import Keeps
 from .waiting import deposit, total
@@ -71,12 +71,12 @@ class Muon(Rule):
     lr = ONES
 
     def __init__(
-        self, power: int | None = None, beta: float = 0.0, carry: bool = False, share: float = 1.0
+        self, power: int | None = None, beta: float = 0.0, carry: bool = False, share: float | None = 1.0
     ) -> None:
         self.power = None if power is None else whole_number("power", power)
         self.beta = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
         self.carry = flag("carry", carry)
-        self.share = within("share", share, 0.0, 2.0**128, "a number, at least 0")
+        self.share = check_share(share)
 
     def update(
         self, plan: Plan, group: Group, weights: Sequence[float], lr: float, decay: float, states: Any,
@@ -84,11 +84,12 @@ class Muon(Rule):
     ) -> Tensor | int:  # fmt: skip
         weights = Weights.of(weights, lr, decay, group.theta[0].device)
         if group.matrices is None:
-            if weights.moves_nothing or not self.share:
+            share = self.share_of(group)
+            if weights.moves_nothing or not share:
                 return 0
             reach, (_, go, finite) = plan.lr_of(group, lr, decay), weights.projected.control
             own = 1.0 - reach * float(group.options["weight_decay"])
-            rate, kept = reach * self.share, 1.0 - self.share * (1.0 - own)
+            rate, kept = reach * share, 1.0 - share * (1.0 - own)
             control = torch.stack((torch.where(finite == 1.0, kept, 1.0).float(), go, finite))
             amounts = (weights.projected.weights * rate).float()
             return group.axpy_(plan.noise(plan.draws()), amounts, decay, plan.rounding, control)
@@ -171,11 +172,15 @@ def power_step(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return v @ (u / torch.where(lengths > 0.0, lengths, 1.0)).mT, v.contiguous()
 
 
-def share_of(dense_lr: float, lr: float | None) -> float:
-    """Returns `share` of Muon for parameters that are not matrices to have an lr of their own; 0 where lr is
-    0. lr None: the rule's."""
-    lr = ONES if lr is None else lr
-    return dense_lr / lr if is_number(lr) and lr > 0.0 else 0.0
+def share_of(dense_lr: float, lr: float | None) -> float | None:
+    """Returns a rule's `share` for parameters that are not matrices to have an lr of their own.
+
+    lr  of the optimizer; None: the rule's. Where it is 0 there is no share, which is None: a step with
+        another lr is refused"""
+    dense_lr, lr = finite_number("dense_lr", dense_lr, minimum=0.0), ONES if lr is None else lr
+    if not dense_lr:
+        return 0.0
+    return dense_lr / lr if is_number(lr) and lr > 0.0 else None
 
 
 __all__ = ["Muon", "msign", "power_step", "share_of"]

@@ -2,19 +2,20 @@
 
     W <- W0 + f (W - W0)       f a number for each projected parameter, found by a search from f = 1:
 
-    z ~ N(0, 1), cut at +-reach / width                 one for each parameter and iteration
-    g = (L(f + width z) - L(f - width z)) / (2 width)   losses of the step's batch
-    f <- f - rate g z, cut at 1 +- reach                `iterations` times, two losses each
+    t = ||W - W0||                                              before the search
+    z ~ N(0, 1), cut at +-reach t / width                       one for each parameter and iteration
+    g = (L(f + width z / t) - L(f - width z / t)) / (2 width)   losses of the step's batch
+    f <- f - rate g z, cut at 1 +- reach                        `iterations` times, two losses each
 
 Then the step's losses are read around the new W, which is written with the update: an exception changes
-nothing. DiZO (arXiv 2502.03304, 2025) calls gamma = f ||W - W0||; a step in f is the published step in gamma,
-in units of ||W - W0||.
+nothing. DiZO (arXiv 2502.03304, 2025) writes this for gamma = t f. There z and width are in units of weights,
+and gamma <- gamma - rate t g z. Its public code reads a batch of its own in every iteration.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..backends import Batch, Noise, Span
 from ..checks import finite_number, whole_number, within
 from ..directions import Normal
+from ..directions.orthonormal import tree_sum
 from ..estimator import Base, Oracle
 from ..evaluation import THETA, Point
 from ..group import Group
@@ -31,7 +33,9 @@ from ..stream import RADIUS, draw_word
 from .sgd import Sgd
 from .state import Keeps
 
-PUBLISHED = "k_proj", "v_proj"  # keys and values of attention, in models of transformers
+# names as published, the first that there are: factors of LoRA; keys and values of attention, in models of
+# transformers
+PUBLISHED = ("lora_",), ("k_proj.weight", "v_proj.weight")
 SEARCH = 1 << 22  # first query of the purpose RADIUS for the search's z
 
 
@@ -40,15 +44,20 @@ class Projected(Sgd):
     (DiZO).
 
         W <- W0 + f (W - W0) every `interval` steps, and then theta <- decay theta + lr g
-        the search, from f = 1:   f <- f - rate z (L(f + width z) - L(f - width z)) / (2 width),   z normal
+        the search, from f = 1:   f <- f - rate z (L(f + width z / t) - L(f - width z / t)) / (2 width)
+        z normal, cut at +-reach t / width;   t = ||W - W0||_2
 
-    names       parts of the names of the parameters that are projected. None: those of the keys and
-                values of attention ('k_proj', 'v_proj'), or all where no name has these
+    names       parts of the names of the parameters that are projected. None: 'lora_' where a name has it,
+                else 'k_proj.weight' and 'v_proj.weight', else all
     interval    steps between two projections: 50. Step 0 has none
     iterations  of a search: 10, of two losses each
-    rate        of a search: 2.0 per unit of loss, as published
-    width       half-width of its differences, in units of f: 0.1, as published
-    reach       f stays within 1 - reach and 1 + reach, per search: 0.2, as published
+    rate        of a search, in weights per unit of loss: 2.0, as published
+    width       half-width of its differences, of t f in weights: 0.1, as published
+    reach       f stays within 1 - reach and 1 + reach, per search: 0.2, as published. f - width z / t and
+                f + width z / t stay within `reach` of f
+
+    Losses of a search are those of the step's batch; the public code reads another batch in every
+    iteration.
 
     Keeps `start`, which is W0 in float32 (4 bytes for each projected weight), from a parameter's first
     step on. A projection takes a copy of the projected weights. W0 + f (W - W0) is rounded to nearest,
@@ -97,14 +106,15 @@ class Projected(Sgd):
 
     def chosen(self, names: Sequence[str]) -> tuple[str, ...]:
         """Returns those that are projected of the trained parameters' names."""
-        parts = self.names or PUBLISHED
-        found = tuple(name for name in names if any(part in name for part in parts))
-        if not found and self.names is not None:
+        for parts in PUBLISHED if self.names is None else (self.names,):
+            if found := tuple(name for name in names if any(part in name for part in parts)):
+                return found
+        if self.names is not None:
             raise ValueError(
                 f"names is {self.names!r}, which no trained parameter has in its name (they are "
                 f"{list(names[:3])}, ...)"
             )
-        return found or tuple(names)
+        return tuple(names)
 
     def prepare(self, plan: Plan, oracle: Oracle, states: Any) -> None:
         """Keeps W0 of parameters that are new, and searches f where a projection is due."""
@@ -118,20 +128,25 @@ class Projected(Sgd):
             if "start" not in state:
                 state["start"] = group.read(i).clone(memory_format=torch.contiguous_format)
         if plan.step and plan.step % self.interval == 0:
-            away = [(group, i) for group, i, state in where if not torch.equal(state["start"], group.read(i))]
+            lengths = {group.names[i]: _length(group.read(i) - state["start"]) for group, i, state in where}
+            away = {name: length for name, length in lengths.items() if length}
             if away:
-                self._search(plan.only(tuple(group.names[i] for group, i in away)), oracle)
-                self._due = {id(group.tensors[i]) for group, i in away}
+                self._search(plan.only(tuple(away)), away, oracle)
+                self._due = {id(group.tensors[i]) for group, i, _ in where if group.names[i] in away}
 
-    def _search(self, part: Plan, oracle: Oracle) -> None:
-        """Sets `factors`: a difference of two losses moves all of them."""
+    def _search(self, part: Plan, lengths: Mapping[str, float], oracle: Oracle) -> None:
+        """Sets `factors`: a difference of two losses moves all of them.
+
+        lengths  ||W - W0|| by name, in weights"""
         factors, most = dict.fromkeys(part.names, 1.0), self.reach / self.width
         for iteration in range(self.iterations):
-            z = [min(max(one, -most), most) for one in _normals(part, draw_word(SEARCH + iteration, RADIUS))]
+            drawn = zip(part.names, _normals(part, draw_word(SEARCH + iteration, RADIUS)))
+            z = [min(max(one, -most * lengths[name]), most * lengths[name]) for name, one in drawn]
             sides = []
             for sign in (1.0, -1.0):
                 moved = tuple(
-                    (name, factors[name] + sign * self.width * one) for name, one in zip(part.names, z)
+                    (name, factors[name] + sign * self.width * one / lengths[name])
+                    for name, one in zip(part.names, z)
                 )
                 with oracle.at(Base(_project, moved), part):
                     sides.append(float(oracle.losses([THETA], part)[0]))
@@ -170,6 +185,11 @@ def _normals(plan: Plan, word: int) -> list[float]:
         group.backend.draw(Batch(outs, spans), Noise(Normal(), plan.seed, [(plan.step, word)]))
         found += torch.cat(outs).tolist()
     return found
+
+
+def _length(x: Tensor) -> float:
+    """Returns ||x||_2, added in a fixed order: the same bits on every device and number of threads."""
+    return math.sqrt(float(tree_sum(x.reshape(-1, 1).double().square_())[0]))
 
 
 def _project(group: Group, states: Any, factors: Sequence[tuple[str, float]]) -> None:
