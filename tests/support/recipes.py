@@ -113,7 +113,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "blockmezo_jacobi": partial(zokern.BlockMeZO, block="module", order="jacobi", stencil="forward", lr=3e-3),
     "lezo": partial(zokern.LeZO, sparsity=0.5, layer=block_of, lr=3e-3),
     "zoconservative": partial(zokern.ZOConservative, queries=2, lr=0.05, eps=1e-2),
-    "bszo": partial(zokern.BSZO, lr=3e-2),
+    "bszo": partial(zokern.BSZO, lr=1.0),
     "mezogv_unit": partial(zokern.MeZOGV, norm="unit", lr=1e-3),
     "mezogv_lozo": lambda m, **options: zokern.LOZO(
         m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}
