@@ -40,8 +40,9 @@ class Bayesian(Estimator):
     observations  losses beside that of theta (published: 3)
 
     The first observations are along the draws themselves, and further ones along the widest direction of
-    the posterior. mu is between 0 and the slopes that were read, because the noise of an observation
-    contains its own residual. A group with another eps than the first one moves along mu eps_1 / eps.
+    the posterior. mu is no estimate of a slope but less: the prior draws it to 0, and the noise of an
+    observation contains its own residual. The slopes that a step tells are y_j along the draws. A group with
+    another eps than the first one moves along mu eps_1 / eps.
 
     A step reads 1 + observations losses. Those along draws are one question, and each further one depends
     on those before. The filter runs where the losses are. Its eigenvectors are torch.linalg.eigh's, which
@@ -79,13 +80,14 @@ class Bayesian(Estimator):
             spread = covariance @ along
             gain = spread / (along @ spread + average.clamp(min=FLOOR * prior))
             mean, covariance = mean + gain * residual, covariance - torch.outer(gain, spread)
-        read = torch.stack([base, *ahead])
+        read, slopes = torch.stack([base, *ahead]), torch.zeros_like(mean)
+        slopes[: len(alone)] = (read[1 : 1 + len(alone)] - base) / eps  # a draw that was not read has mu = 0
         finite = torch.isfinite(read).all()
         (self.state["noise"],) = plan.at_hand(torch.where(finite, average, before).view(1))
         # mu is in units of the first group's eps: where another's is wider, the same loss is a lesser slope
         units = plan.numbers(lambda: [plan.groups[0].eps / group.eps for group in plan.groups], kind, device)
         found = (units.unsqueeze(1) * mean).float().double()
-        yield Estimate(draws, found, read.unsqueeze(0), slopes=mean)
+        yield Estimate(draws, found, read.unsqueeze(0), slopes=slopes)
 
 
 def _widest(covariance: Tensor, prior: float) -> Tensor:
