@@ -585,13 +585,8 @@ class Formula:
         matrices; or one power step."""
         rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)
         old = self.memory.get(name)
-        average = (
-            total
-            if not rule.beta
-            else total * (1 - rule.beta)
-            if old is None
-            else old * rule.beta + total * (1 - rule.beta)
-        )
+        first = not rule.beta or old is None
+        average = total if first else old * rule.beta + total * (1 - rule.beta)
         self.memory[name] = average
         x = average.value
         if rule.power is None:
