@@ -15,6 +15,7 @@ observation's own residual is in the noise v of its gain, so one outlier shrinks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,11 @@ class Bayesian(Estimator):
             whole_number("observations", observations, 1),
         )
         self.state: dict[str, Any] = {}
+
+    @property
+    def settles(self) -> int:  # type: ignore[override]
+        """Steps until a tenth is left of the noise's start."""
+        return math.ceil(math.log(0.1, KEEP) / self.observations)
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps
