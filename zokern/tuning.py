@@ -67,12 +67,11 @@ class Width(NamedTuple):
 class Probe(NamedTuple):
     """What one step's worth of losses says.
 
-    loss    their mean;  fall  of the loss at lr = 1, first order;  square  mean square of the coefficients
+    loss    their mean;  fall  of the loss at lr = 1, first order
     length  square of the change of a weight at lr = 1, mean over draws with unit variance"""
 
     loss: float
     fall: float
-    square: float
     length: float
 
 
@@ -221,9 +220,9 @@ def tune(
     Reads 5 eps x 4 slopes x 2 losses and 2 losses a probe, 56 in all, with a central difference. An estimator
     that learns reads more, until it has settled (Estimator.settles): BSZO 88 in all.
     eps stays where slopes agree with its neighbours' to 10 % and rounding swallows less than 10 % of the
-    perturbation; else the larger of both shares is least at it. A rule whose steps have one length gets lr
-    times the rms coefficient. Raises ValueError for arguments out of range and where the losses show no
-    slope."""
+    perturbation; else the larger of both shares is least at it. A rule whose steps have one length gets
+    the lr at which they are as long as SGD's. Raises ValueError for arguments out of range and where the
+    losses show no slope."""
     given = _losses_of(closures, optimizer.estimator)
     probes, share = whole_number("probes", probes, 2), finite_number("share", share, above=0.0)
     reach = reach if reach == math.inf else finite_number("reach", reach, above=0.0)
@@ -239,11 +238,11 @@ def tune(
         eps = now.eps if now.is_sound else best.eps
         _set(plan, own, eps / own[0])
         found = _probes(optimizer, oracle, plan, given, probes, say)
-    loss, fall, square, length = (math.fsum(values) / len(found) for values in zip(*found))
+    loss, fall, length = (math.fsum(values) / len(found) for values in zip(*found))
     if not fall > 0.0 or not math.isfinite(loss):
         raise ValueError(NO_SLOPE.format(fall, loss))
     own_lr = optimizer.rule.lr
-    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(square), math.sqrt(length), own_lr)
+    lr = _bounded(share * abs(loss) / fall, reach, math.sqrt(length), own_lr)
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, share, len(found), oracle.read)
@@ -261,13 +260,13 @@ def _losses_of(closures: Any, estimator: Any) -> list[Callable[[], Any]]:
     return [mean_of(one) for one in given] if rows else given
 
 
-def _bounded(lr: float, reach: float, coefficient: float, length: float, own: float | None) -> float:
+def _bounded(lr: float, reach: float, length: float, own: float | None) -> float:
     """Returns lr for a rule, no larger than a step of `reach` allows.
 
-    coefficient, length  rms of the coefficients, and of a weight's change at lr = 1, where the rule is SGD
-    own                  lr of a rule whose steps have one length, whatever the slope; None: SGD's"""
+    length  rms of a weight's change at lr = 1, where the rule is SGD
+    own     lr of a rule whose steps have one length, whatever the slope; None: SGD's"""
     if own is not None:
-        lr, length = lr * coefficient * own / ONES, ONES / own
+        lr, length = lr * length * own / ONES, ONES / own
     return min(lr, reach / length) if length else lr
 
 
@@ -354,11 +353,10 @@ def _probes(
         fall = math.fsum(
             float((e.coefficients[0] * e.slopes).sum()) / e.count for e in parts if e.slopes is not None
         )
-        square = math.fsum(float(e.coefficients[0].square().mean()) for e in parts) / len(parts)
         length = math.fsum(float(e.coefficients[0].square().sum()) / e.count**2 for e in parts) / len(parts)
         loss = math.fsum(float(e.losses.mean()) for e in parts) / len(parts)
-        found.append(Probe(loss, gain * fall, square, gain**2 * length))
-        say(f"probe {len(found)}: loss {loss:.4g}, coefficient {math.sqrt(square):.3g}")
+        found.append(Probe(loss, gain * fall, gain**2 * length))
+        say(f"probe {len(found)}: loss {loss:.4g}, a step of {gain * math.sqrt(length):.3g} lr")
         if len(found) >= 2 and len(found) * queries >= count:
             break
     return found

@@ -3,7 +3,10 @@ the unit of the loss is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +21,6 @@ SHARE, STEPS = 0.02, 40
 LEFT_OUT = {
     "DPZO": "its bound and its noise are in units of loss",
     "Hybrid": "an optimizer of torch moves a part; see test_tuning.py",
-    "SubZeroPlus": "",
-    "ZOMOPI": "",
     "MeZOGV": "of one slope in all steps it keeps better and better draws",
 }
 
@@ -42,12 +43,12 @@ class Line(nn.Module):
         return self.unit * (3.0 + total)
 
 
-def taken(make: Callable[..., Any], unit: float, probes: int) -> float:
+def taken(make: Callable[..., Any], unit: float, probes: int, tune: Callable[..., Any]) -> float:
     """The share of the loss that a step takes off, mean over STEPS, after as many in which the parts of a
     method settle."""
     model = Line(unit)
     optimizer, start = make(model, evaluation="master", paired_check=None), float(model().detach())
-    zokern.tune(optimizer, model, probes=probes, share=SHARE).apply(optimizer)
+    tune(optimizer, model, probes=probes, share=SHARE).apply(optimizer)
     losses = []
     for _ in range(2):
         for _ in range(STEPS):
@@ -57,9 +58,9 @@ def taken(make: Callable[..., Any], unit: float, probes: int) -> float:
     return (losses[0] - losses[1]) / STEPS / start
 
 
-def check_promise(make: Callable[..., Any], probes: int = 32) -> None:
+def check_promise(make: Callable[..., Any], probes: int = 32, tune: Callable[..., Any] = zokern.tune) -> None:
     """Within a factor of 2, which 32 probes and 40 steps allow for, and of a loss in another unit."""
-    one, other = taken(make, 1.0, probes), taken(make, 100.0, probes)
+    one, other = taken(make, 1.0, probes, tune), taken(make, 100.0, probes, tune)
     assert SHARE / 2 < one < SHARE * 2, f"a step takes {one:.2g} of the loss off, not {SHARE}"
     assert SHARE / 2 < other < SHARE * 2, f"of a loss x 100 a step takes {other:.2g} off, not {SHARE}"
 
@@ -75,11 +76,12 @@ def forward_mode(model: Line, evaluation: str, **options: Any) -> Any:
 
 RIGHT: dict[str, Callable[..., Any]] = {
     **{name: METHODS[name] for name in METHODS if name not in LEFT_OUT},
-    "FGD": forward_mode,
+    "FGD": forward_mode, "SubZeroPlus": partial(METHODS["SubZeroPlus"], queries=9),
     "average": mezo(rule=zokern.Momentum),
     "half dampened": mezo(rule=lambda: zokern.Momentum(0.8, 0.5)),
     "window": mezo(rule=lambda: zokern.WindowMomentum(0.9, 5, average=False)),
     "averaged weights": mezo(rule=lambda: Averaged(1.0)),
+    "Adam of a kernel": mezo(lambda: zokern.Kernel(3, scale=4.0), zokern.Adam),
     "signs of several": mezo(lambda: zokern.Sign(8), zokern.Momentum),
     "filter in blocks": mezo(lambda: zokern.Blockwise(zokern.Bayesian())),
 }  # fmt: skip
@@ -147,3 +149,14 @@ def test_a_part_that_misjudges_itself_is_rejected(wrong: str) -> None:
 def test_a_filter_that_has_not_settled_is_rejected() -> None:
     with pytest.raises(AssertionError, match="a step takes"):
         check_promise(mezo(Hasty), 8)
+
+
+def test_the_length_of_one_draw_is_rejected() -> None:
+    """Steps of one length are as long as the mean of several draws."""
+
+    def tune(optimizer: Any, model: Any, **options: Any) -> Any:
+        found = zokern.tune(optimizer, model, **options)
+        return replace(found, lr=found.lr * math.sqrt(optimizer.estimator.queries))
+
+    with pytest.raises(AssertionError, match="a step takes"):
+        check_promise(RIGHT["SubZeroPlus"], tune=tune)
