@@ -174,12 +174,12 @@ class StepResult:
     numbers       the numbers on their device, which zokern.graph and the guards read together
 
     predicted_fall is (lr / n) sum_k c_k s_k, where s_k is the slope that was read along z_k: c_k itself for
-    zokern.Spsa, the posterior mean for zokern.Bayesian. It is summed over the parts of a step, and negative
-    with maximize. It assumes rule SGD, and leaves weight decay, curvature and rounding out. One number was
-    read for all groups, so it needs lr c_k / eps to be equal in them. Its mean over draws with E[z z^T] = I
-    is lr |gradient|^2. The slope is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2
-    plus the variance over batches and the noise of the losses. It is None for another rule, for groups that
-    differ, for a skipped step and for an estimator that tells no slopes."""
+    zokern.Spsa. It is summed over the parts of a step, and negative with maximize. It assumes rule SGD, and
+    leaves weight decay, curvature and rounding out. One number was read for all groups, so it needs lr c_k /
+    eps to be equal in them. Where c_k is the slope, its mean over draws with E[z z^T] = I is lr |gradient|^2.
+    The slope is the batch's: on other data the fall is less, as E[c^2] is |gradient|^2 plus the variance over
+    batches and the noise of the losses. It is None for another rule, for groups that differ, for a skipped
+    step and for an estimator that tells no slopes."""
 
     seed: int
     step: int

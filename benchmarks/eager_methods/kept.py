@@ -77,7 +77,9 @@ class ConMeZO(Loop):
         self.length, self.steps = 1.0, 0  # the expected root mean square of the momentum
 
     def beta(self) -> float:
-        progress = min(max((self.steps - 200) / 1800, 0.0), 1.0) ** 1.8
+        if self.steps > 2000:
+            return 0.99
+        progress = max((self.steps - 200) / 1800, 0.0) ** 1.8
         return 0.99 - 0.89 / (1 + 8 * progress) ** 3
 
     def along(self, amount: float) -> None:

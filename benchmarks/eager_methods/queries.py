@@ -123,17 +123,18 @@ class BSZO(Queries):
     """Version 4 of the published trainer. The filter's numbers are on the host, in float64."""
 
     queries, observations = 2, 3
-    noise: Tensor | None = None
+    average: float | None = None  # of squared residuals
 
     @torch.no_grad()
     def step(self, closure: Closure, seed: int) -> None:
         seeds, prior = self.seeds(seed), sum(p.numel() for p in self.parameters) / 1e6
         mean = torch.zeros(self.queries, dtype=torch.float64)
         covariance = prior * torch.eye(self.queries, dtype=torch.float64)
-        noise = torch.tensor(prior, dtype=torch.float64) if self.noise is None else self.noise
+        average = prior if self.average is None else self.average
         base = closure().item()
         for j in range(self.observations):
-            along = torch.linalg.eigh(covariance)[1][:, -1] if j else torch.eye(self.queries).double()[0]
+            chosen = j >= self.queries
+            along = torch.linalg.eigh(covariance)[1][:, -1] if chosen else torch.eye(self.queries).double()[j]
             along = along * along[along.abs().argmax()].sign()
             terms = [(each, amount) for each, amount in zip(seeds, along.tolist()) if amount]
             for each, amount in terms:
@@ -142,10 +143,10 @@ class BSZO(Queries):
             for each, amount in terms:
                 self.move(each, -amount)
             residual = (loss - base) / self.eps - along @ mean
-            gain = covariance @ along / (along @ covariance @ along + noise)
+            average = 0.9 * average + 0.1 * residual.item() ** 2
+            gain = covariance @ along / (along @ covariance @ along + max(average, 0.01 * prior))
             mean, covariance = mean + gain * residual, covariance - torch.outer(gain, along @ covariance)
-            noise = (0.9 * noise + 0.1 * residual**2).clamp(min=0.1 * prior)
-        self.noise = noise
+        self.average = average
         for each, slope in zip(seeds, mean.tolist()):
             self.update(each, slope)
 

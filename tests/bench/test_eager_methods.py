@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[str, type[Loop]]] = {
     "normals in place of signs": with_("FZOO", z=dense),
     "no radius": with_("KerZOO", radius=lambda right, s, seed: 1.0),
     "two observations": of("BSZO", observations=2),
-    "noise that does not follow": with_("BSZO", step=then(noise=lambda s: None)),
+    "noise that does not follow": with_("BSZO", step=then(average=lambda s: None)),
     "the worse draw is kept": with_("MeZOGV", ahead=lambda right, s, *rest: -right(s, *rest)),
     "all blocks at once": with_("BlockMeZO", blocks=lambda right, s: [sum(right(s), [])]),
     "more layers": of("LeZO", sparsity=0.25),

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -86,20 +87,25 @@ def by_blocks(hand: Hand, step: int, lr: float) -> list[float]:
     return found
 
 
-def by_filter(hand: Hand, step: int, lr: float, noise: list[float]) -> list[float]:
-    """A Kalman filter in its information form: the posterior of all observations at once."""
-    prior = sum(t.numel() for t in hand.theta.values()) / 1e6
-    noise[:] = noise or [prior]
-    base, mean, covariance = hand.at(step, []), torch.zeros(2).double(), torch.eye(2).double() * prior
-    for j in range(3):
-        along = torch.eye(2).double()[0] if j == 0 else torch.linalg.eigh(covariance)[1][:, -1]
+def by_filter(
+    hand: Hand, step: int, lr: float, average: list[float], q: int = 2, count: int = 3
+) -> list[float]:
+    """A Kalman filter in its information form: the posterior of all observations at once. The noise of an
+    observation follows its residual before it is weighed; its standard deviation is a tenth of the prior's
+    at least."""
+    sigma = math.sqrt(sum(t.numel() for t in hand.theta.values()) / 1e6)
+    average[:] = average if step else [sigma**2]
+    base, axes, mean = hand.at(step, []), torch.eye(q).double(), torch.zeros(q).double()
+    precision = axes / sigma**2
+    for j in range(count):
+        along = axes[j] if j < q else torch.linalg.eigh(precision)[1][:, 0]
         along = along * along[along.abs().argmax()].sign()
         y = (hand.at(step, [(k, EPS * float(d)) for k, d in enumerate(along)]) - base) / EPS
-        residual = y - float(along @ mean)
-        inverse = covariance.inverse()
-        covariance = (inverse + torch.outer(along, along) / noise[0]).inverse()
-        mean = covariance @ (inverse @ mean + along * y / noise[0])
-        noise[0] = max(0.9 * noise[0] + 0.1 * residual**2, 0.1 * prior)
+        average[0] = 0.9 * average[0] + 0.1 * (y - float(along @ mean)) ** 2
+        noise = max(0.1 * sigma, math.sqrt(average[0])) ** 2
+        seen = precision @ mean + along * y / noise
+        precision = precision + torch.outer(along, along) / noise
+        mean = torch.linalg.solve(precision, seen)
     hand.move(step, [(k, -lr * float(m)) for k, m in enumerate(mean)])
     return mean.tolist()
 
@@ -117,28 +123,39 @@ CASES: dict[str, tuple[Callable[[], Any], Callable, float]] = {
     "conservative, too far": (lambda: zokern.Conservative(2), by_the_best, 50.0),
     "conservative, forward": (lambda: zokern.Conservative(2), by_the_best, 3.0),
     "blocks": (zokern.Blockwise, by_blocks, 0.1),
-    "bayesian": (zokern.Bayesian, lambda hand, step, lr,
-        noise=[]: by_filter(hand, step, lr, noise if step else noise.clear() or noise), 0.02),
+    "bayesian": (zokern.Bayesian, partial(by_filter, average=[]), 0.02),
+    "bayesian, few": (
+        lambda: zokern.Bayesian(3, 2), partial(by_filter, average=[], q=3, count=2), 0.02),
+    "bayesian, flat": (zokern.Bayesian, partial(by_filter, average=[]), 0.02),
+    "bayesian, two eps": (zokern.Bayesian, partial(by_filter, average=[]), 0.02),
+    "kernel, two eps": (zokern.Kernel, by_kernel, 0.02),
 }  # fmt: skip
 
 
 def check(case: str, evaluation: str = "master", estimator: Any = None) -> None:
     """Steps of a run against the formula; AssertionError names what differs."""
     make, formula, lr = CASES[case]
+    # so flat a loss takes the noise of a filter to its floor; a steeper one follows
+    scales = [1e-4] * 16 + [3e-3] * 2 if case.endswith("flat") else [1.0] * STEPS
+    wide = dict.fromkeys(NAMES[4:], 3.0) if case.endswith("two eps") else {}
     params = weights()
-    hand = Hand(params)
+    hand = Hand(params, wide=wide)
+    groups = [
+        {"params": [item for item in params.items() if item[0] in names], "eps": eps}
+        for names, eps in ((set(params) - set(wide), EPS), (set(wide), 3.0 * EPS))
+        if names
+    ]
     optimizer = zokern.MeZO(
-        params.items(),
+        groups,
         lr=lr,
-        eps=EPS,
         seed=SEED,
         evaluation=evaluation,
         estimator=make() if estimator is None else estimator,
     )
-    for step in range(STEPS):
-        result = zokern.step(optimizer, lambda: loss(params))
+    for step, hand.scale in enumerate(scales):
+        result = zokern.step(optimizer, lambda: hand.scale * loss(params))
         want = formula(hand, step, lr)
-        size = max(map(abs, want)) + 1e-3
+        size = max(map(abs, want)) + 1e-3 * hand.scale
         assert len(result.coefficients) == len(want), (
             f"{len(result.coefficients)} coefficients, not {len(want)}"
         )
@@ -191,6 +208,32 @@ class Fixed(zokern.Bayesian):
         yield from super().__call__(oracle, plan)
 
 
+class Filter(zokern.Bayesian):
+    """The filter with another noise, and one eps: noise(average before, after, prior) returns the noise of an
+    observation, and the average that is kept. widest: axes are not read first."""
+
+    def __init__(self, noise: Callable[..., tuple[Any, Any]], widest: bool = False) -> None:
+        super().__init__()
+        self.noise, self.widest = noise, widest
+
+    def __call__(self, oracle, plan):
+        prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps
+        mean, spread = torch.zeros(2).double(), torch.eye(2).double() * prior
+        average, draws = self.state.get("average", prior), (plan.draw(0), plan.draw(1))
+        (base,) = read = oracle.losses([THETA])
+        for j in range(3):
+            chosen = j == 2 or (self.widest and j)
+            along = torch.linalg.eigh(spread)[1][:, -1] if chosen else torch.eye(2).double()[j]
+            along = along * along[along.abs().argmax()].sign()
+            read = torch.cat((read, oracle.losses([Point(tuple(zip(draws, along.tolist())))])))
+            residual = float((read[-1] - base) / eps - along @ mean)
+            noise, average = self.noise(average, 0.9 * average + 0.1 * residual**2, prior)
+            gain = spread @ along / (along @ spread @ along + noise)
+            mean, spread = mean + gain * residual, spread - torch.outer(gain, along @ spread)
+        self.state["average"] = average
+        yield Estimate(draws, mean.expand(len(plan.groups), -1), read.unsqueeze(0), slopes=mean)
+
+
 class Backwards(zokern.Ranked):
     """The largest loss has rank 0."""
 
@@ -231,6 +274,13 @@ WRONG = {
     "jacobi": ("blocks", Jacobi),
     "one block": ("blocks", lambda: zokern.Blockwise(block=lambda name: "")),
     "fixed noise": ("bayesian", Fixed),
+    "noise of the observations before": ("bayesian",
+        lambda: Filter(lambda old, new, prior: (max(old, 0.01 * prior), new))),
+    "a tenth of the variance": ("bayesian, flat",
+        lambda: Filter(lambda old, new, prior: (max(new, 0.1 * prior), new))),
+    "the floor is kept": ("bayesian, flat",
+        lambda: Filter(lambda old, new, prior: (max(new, 0.01 * prior),) * 2)),
+    "one eps": ("bayesian, two eps", lambda: Filter(lambda old, new, prior: (max(new, 0.01 * prior), new))),
     "two draws alone": ("bayesian", lambda: zokern.Bayesian(observations=2)),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -135,11 +136,18 @@ def test_a_parameter_that_was_frozen_has_a_length_of_its_own() -> None:
     assert optimizer.state[model.up.weight]["updates"] == 2
 
 
+def check_warming(beta: Callable[[int], float]) -> None:
+    """0.1 to step 200; by the published line to step 2000; 0.99 from there on."""
+    assert beta(0) == beta(200) == 0.99 - 0.89 and beta(2000) == 0.99 - 0.89 / 9**3
+    assert math.isclose(beta(1100), 0.99 - 0.89 / (1 + 8 * 0.5**1.8) ** 3)
+    assert all(beta(t) < beta(t + 100) for t in range(200, 2000, 100))
+    assert beta(2001) == beta(10**6) == 0.99
+
+
 def test_beta_warms_up() -> None:
-    """0.1 to step 200; 0.99 - 0.89 / 9^3 from step 2000; between them by the published line."""
-    assert warming(0) == warming(200) == 0.99 - 0.89 and warming(2000) == warming(10**6) == 0.99 - 0.89 / 9**3
-    assert math.isclose(warming(1100), 0.99 - 0.89 / (1 + 8 * 0.5**1.8) ** 3)
-    assert all(warming(t) < warming(t + 100) for t in range(200, 2000, 100))
+    check_warming(Cone().beta)
+    with pytest.raises(AssertionError):
+        check_warming(Cone(beta=lambda step: warming(min(step, 2000))).beta)
 
 
 def test_several_queries_and_low_rank_directions_are_refused() -> None:

@@ -265,6 +265,12 @@ def misread_always(kind: type, wrong: dict):
     return replaced(kind, "rebase", rebase)
 
 
+def begun_short(right, rule, state, matrix, new, beta):
+    """M is (1 - beta) G in the first step."""
+    share = 1.0 if "momentum" in state else 1.0 - rule.beta
+    return right(rule, state, matrix, new * share, beta)
+
+
 def unnormalised(right: Callable, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     _, v = right(x, v)
     return v @ (x.mT @ v).mT, v
@@ -374,6 +380,7 @@ WRONG: dict[str, tuple[str, Callable]] = {
     "columns_not_normalised": ("zo_mopi", lambda: replaced(muon, "power_step", unnormalised)),
     "muon_average_not_carried": ("zo_mopi_carry", lambda: misread_always(muon.Muon, {"carry": False})),
     "muon_average_carried": ("zo_mopi_kept", lambda: misread_always(muon.Muon, {"carry": True})),
+    "muon_average_begun_short": ("zo_mopi_kept", lambda: replaced(muon.Muon, "_average", begun_short)),
     "both_scaled": ("both_drawn", lambda: each_draw(LowRank, lambda x: x * 2**-0.5)),
     "ranks_backwards": ("eggroll", lambda: replaced(Ranked, "slopes", lambda right, *rest: -right(*rest))),
     "losses_in_place_of_ranks": ("eggroll", lambda: patch.object(Ranked, "slopes", Spread.slopes)),

@@ -29,10 +29,17 @@ def loss(theta: dict[str, Tensor]) -> Tensor:
 
 
 class Hand:
-    """The weights of a run in float64, moved by hand."""
+    """The weights of a run in float64, moved by hand.
 
-    def __init__(self, params: dict[str, nn.Parameter]) -> None:
+    scale  what the loss is multiplied by
+    wide   name -> eps of a parameter over EPS: losses are read so much further along its z, and an estimate
+           moves it so much less; 1 where none is given"""
+
+    def __init__(
+        self, params: dict[str, nn.Parameter], scale: float = 1.0, wide: dict[str, float] | None = None
+    ) -> None:
         self.theta = {name: p.detach().double() for name, p in params.items()}
+        self.scale, self.wide = scale, wide or {}
 
     def z(self, name: str, step: int, query: int) -> Tensor:
         return zokern.draw(
@@ -42,14 +49,14 @@ class Hand:
     def at(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> float:
         """The loss at theta + sum_k a_k z_k of some parameters."""
         moved = {
-            n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t
+            n: t + sum(a * self.z(n, step, k) for k, a in terms) * self.wide.get(n, 1.0) if n in scope else t
             for n, t in self.theta.items()
         }
-        return float(loss(moved))
+        return self.scale * float(loss(moved))
 
     def move(self, step: int, terms: list[tuple[int, float]], scope: tuple[str, ...] = NAMES) -> None:
         self.theta = {
-            n: t + sum(a * self.z(n, step, k) for k, a in terms) if n in scope else t
+            n: t + sum(a * self.z(n, step, k) for k, a in terms) / self.wide.get(n, 1.0) if n in scope else t
             for n, t in self.theta.items()
         }
 

@@ -191,21 +191,25 @@ def by_the_best(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
 
 
 def by_filter(e: Any, p: Paper, scope: tuple[str, ...]) -> Script:
-    """A Kalman filter in its information form: the posterior of all observations at once."""
-    q, prior = e.queries, p.weights / 1e6
-    noise = p.memory.get("noise", prior)
+    """A Kalman filter in its information form: the posterior of all observations at once. The noise of an
+    observation follows its residual before it is weighed; its standard deviation is a tenth of the prior's
+    at least."""
+    q, sigma = e.queries, math.sqrt(p.weights / 1e6)
+    average = p.memory.get("average", sigma**2)
     base = yield Read((), scope)
-    mean, covariance = torch.zeros(q).double(), torch.eye(q).double() * prior
+    axes, mean = torch.eye(q).double(), torch.zeros(q).double()
+    precision = axes / sigma**2
     for j in range(e.observations):
-        along = torch.eye(q).double()[0] if j == 0 else torch.linalg.eigh(covariance)[1][:, -1]
+        along = axes[j] if j < q else torch.linalg.eigh(precision)[1][:, 0]
         along = along * along[along.abs().argmax()].sign()
         loss = yield Read(tuple(((p.step, k), float(d)) for k, d in enumerate(along)), scope)
-        y = (loss - base) / p.eps
-        residual, inverse = y - float(along @ mean), covariance.inverse()
-        covariance = (inverse + torch.outer(along, along) / noise).inverse()
-        mean = covariance @ (inverse @ mean + along * y / noise)
-        noise = max(0.9 * noise + 0.1 * residual**2, 0.1 * prior)
-    p.memory["noise"] = noise
+        slope = (loss - base) / p.eps
+        average = 0.9 * average + 0.1 * (slope - float(along @ mean)) ** 2
+        noise = max(0.1 * sigma, math.sqrt(average)) ** 2
+        seen = precision @ mean + along * slope / noise
+        precision = precision + torch.outer(along, along) / noise
+        mean = torch.linalg.solve(precision, seen)
+    p.memory["average"] = average
     yield Move(numbered(p, q), mean.tolist(), scope, apart=(1e-4, 1e-9))
 
 

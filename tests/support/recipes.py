@@ -113,7 +113,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "blockmezo_jacobi": partial(zokern.BlockMeZO, block="module", order="jacobi", stencil="forward", lr=3e-3),
     "lezo": partial(zokern.LeZO, sparsity=0.5, layer=block_of, lr=3e-3),
     "zoconservative": partial(zokern.ZOConservative, queries=2, lr=0.05, eps=1e-2),
-    "bszo": partial(zokern.BSZO, lr=3e-2),
+    "bszo": partial(zokern.BSZO, lr=1.0),
     "mezogv_unit": partial(zokern.MeZOGV, norm="unit", lr=1e-3),
     "mezogv_lozo": lambda m, **options: zokern.LOZO(
         m, estimator=zokern.Guided(), **{"rank": 2, "interval": 3, "lr": 3e-3, **options}
@@ -582,13 +582,8 @@ class Formula:
         matrices; or one power step."""
         rule, direction, (m, n) = self.optimizer.rule, self.optimizer.factored, self.shape(name)
         old = self.memory.get(name)
-        average = (
-            total
-            if not rule.beta
-            else total * (1 - rule.beta)
-            if old is None
-            else old * rule.beta + total * (1 - rule.beta)
-        )
+        first = not rule.beta or old is None
+        average = total if first else old * rule.beta + total * (1 - rule.beta)
         self.memory[name] = average
         x = average.value
         if rule.power is None:

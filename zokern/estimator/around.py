@@ -69,6 +69,10 @@ class Around(Estimator):
         return self.inner.lr
 
     @property
+    def settles(self) -> int:  # type: ignore[override]
+        return self.inner.settles
+
+    @property
     def shards(self) -> bool:  # type: ignore[override]
         return self.inner.shards
 

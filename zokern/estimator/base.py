@@ -269,6 +269,8 @@ class Estimator:
         state           what it learns: plain values and tensors that a resumed run continues with
         lr              of an optimizer that is given none
         gain            of c over the slope along z, in expectation; None: c is no estimate of a slope
+        settles         steps after which what it learns hardly depends on its start. zokern.tune reads as
+                        many before it tells lr
         rows            True where it asks for the losses of examples alone (Oracle.examples)
         backpropagates  True where its estimates have a gradient. It then has forwards(oracle, plan), which
                         yields the estimates without it, for zokern.tune
@@ -281,6 +283,7 @@ class Estimator:
     state: dict[str, Any]
     lr = SLOPES
     gain: float | None = None
+    settles: int = 0
     rows = backpropagates = captures = False
     perturbs = shards = True
 

@@ -31,7 +31,7 @@ class Ranked(Spsa):
     Raises ValueError for arguments out of range, and for a step that reads fewer than two perturbed
     losses. Salimans et al. 2017; Sarkar et al. 2025."""
 
-    lr, captures = ONES, True
+    lr, gain, captures = ONES, None, True
 
     def __init__(
         self, queries: int = 16, stencil: str | Stencil = "central", clip: float | None = None

@@ -24,8 +24,8 @@ class ConMeZO(ZerothOrder):
     lr, eps  per step and in weights, of MeZO's size. None: 2e-5. Published: lr 1e-7, eps 1e-3, no weight
              decay
     angle    between z and m, in radians: 1.35; pi/2 would be MeZO
-    beta     a number, or a function of the step number. Published, and the default: 0.1 for 200 steps, then
-             up to 0.9888 at step 2000
+    beta     a number, or a function of the step number. Published, and the default: 0.1 to step 200, then
+             up to 0.9888 at step 2000, then 0.99
     options  those of zokern.MeZO; evaluation is 'auto' by default
 
     m is float32; the published code keeps it in the weights' dtype. The two losses of a step have bases of

@@ -18,8 +18,8 @@ class ZOMOPI(ZerothOrder):
     V <- Q of M^T (M V),   U <- the columns of M V over their lengths
 
     G is the estimate of zokern.ZOMuon, (1/N) sum_i c_i Psi_i with c_i = (L(W + eps s P Psi_i) - L(W)) / eps.
-    V (n x k) has orthonormal columns and is kept from step to step. It starts as normals of the stream at
-    every new P. Parameters that are not matrices take a dense normal z and SGD.
+    M starts as the first G. V (n x k) has orthonormal columns and is kept from step to step. It starts as
+    normals of the stream at every new P. Parameters that are not matrices take a dense normal z and SGD.
 
     Use it as zokern.ZOMuon, where the estimate is noisy: k < r directions leave the weakest ones out.
 
@@ -33,8 +33,8 @@ class ZOMOPI(ZerothOrder):
     leading    k, at most r: 32 as published
     interval   steps between two P: 500
     queries    N: 8
-    momentum   beta: 0, the default of the published code. The code also averages what is not a matrix; here
-               it is not
+    momentum   beta: 0, as in the published script for OPT; run.py alone has 0.9. The code also averages what
+               is not a matrix; here it is not
     carry      True: at a new P M is carried over to it. False: its numbers stay as they are, as in the
                published code
     norm       as for zokern.ZOMuon, with t = sqrt(m n / k)

@@ -57,6 +57,11 @@ class Averaged(Rule):
     def __init__(self, span: float = 6.0) -> None:
         self.span = finite_number("span", span, above=0.0)
 
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """span / (1 + span): of fast weights that move evenly the average is this share of the way."""
+        return self.span / (1.0 + self.span)
+
     def weight(self, updates: int) -> float:
         """Returns w_t after t = `updates` updates."""
         return max(1, round(GRID / (1.0 + updates / self.span))) / GRID

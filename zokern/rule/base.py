@@ -26,6 +26,8 @@ class Rule:
         defers    whether updates of factored matrices stay in their small space, and may wait there
         lr        of an optimizer that is given none, for a rule whose steps have one length; None: the
                   estimator's
+        gain      length of its steps over that of SGD's at the same lr, where estimates agree and its state
+                  has settled: 1 for an average, 1 / (1 - beta) for a heavy ball. zokern.tune divides lr by it
         dense     True: an optimizer refuses it with a low-rank direction
         lowrank   True: it refuses it with a dense one
         linear    True: theta moves along the sum of the draws itself, and needs no space to add them in
@@ -47,6 +49,7 @@ class Rule:
     name = ""
     lr: float | None = None
     share: float | None = 1.0
+    gain: float = 1.0
     dense = lowrank = linear = diagonal = plain = shards = False
     captures: bool | None = None
     base: Callable[[Any], Any] | None = None

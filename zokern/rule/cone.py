@@ -36,10 +36,12 @@ START = draw_word(1 << 23, BASIS)  # of the first m, at step 0
 
 
 def warming(step: int) -> float:
-    """Returns beta of the published trainer: 0.1 for 200 steps, then up to 0.9888 from step 2000 on.
+    """Returns beta of the published trainer: 0.1 to step 200, then up to 0.9888 at step 2000, then 0.99.
 
-    beta = 0.99 - 0.89 / (1 + 8 p)^3,   p = ((step - 200) / 1800)^1.8"""
-    progress = min(max((step - 200) / 1800, 0.0), 1.0) ** 1.8
+    beta = 0.99 - 0.89 / (1 + 8 p)^3,   p = ((step - 200) / 1800)^1.8,   for 200 <= step <= 2000"""
+    if step > 2000:
+        return 0.99
+    progress = max((step - 200) / 1800, 0.0) ** 1.8
     return 0.99 - 0.89 / (1.0 + 8.0 * progress) ** 3
 
 

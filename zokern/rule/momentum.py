@@ -55,6 +55,11 @@ class Momentum(Rule):
         if dampening is not None:
             self.dampening = within("dampening", dampening, 0.0, 1.0, "0 <= dampening < 1, or None for beta")
 
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """(1 - dampening) / (1 - beta)."""
+        return (1.0 - self.dampening) / (1.0 - self.beta)
+
     def scalars(self, lr: float, decay: float = 1.0, updates: int = 1) -> tuple[float, ...]:
         """The numbers of zokern.update_ for a parameter's update number `updates`, counted from 1."""
         if updates < 1:

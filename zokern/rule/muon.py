@@ -1,7 +1,9 @@
 """Rule ``muon``: the estimate of a matrix, made orthogonal in the space of a draw (ZO-Muon, ZO-MOPI).
 
-    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   W <- decay W + lr times the matrix of O,   O =
-    orthogonal(M)
+    M <- beta M + (1 - beta) sum_k weights[k] draw_k,   O = orthogonal(M)
+    W <- decay W + lr times the matrix of O
+
+M starts as the first step's sum, as in rule ``momentum`` and in ZO-MOPI's code.
 
 msign, by Newton and Schulz (Jordan et al. 2024, Muon): X = M / (||M||_F + 1e-7), then five times, with A = X
 X^T,
@@ -52,7 +54,8 @@ class Muon(Rule):
 
     power  None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon). k: the leading k directions of
            M, at most the rank, by power iteration (ZO-MOPI)
-    beta   of M, 0 <= beta < 1: M <- beta M + (1 - beta) g. 0 by default: M is the step's estimate
+    beta   of M, 0 <= beta < 1: M <- beta M + (1 - beta) g, and M = g in a matrix' first update. 0 by
+           default: M is the step's estimate
     carry  True: at a new basis M is carried over to it. False: its numbers stay as they are, as in
            ZO-MOPI's code
     share  parameters that are not matrices move by SGD, with an lr of `share` times their group's
@@ -113,7 +116,7 @@ class Muon(Rule):
         if not self.beta:
             return new
         old = state.get("momentum")
-        state["momentum"] = new * (1.0 - self.beta) if old is None else old * beta + new * (1.0 - self.beta)
+        state["momentum"] = new if old is None else old * beta + new * (1.0 - self.beta)
         return state["momentum"]
 
     def _leading(

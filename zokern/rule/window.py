@@ -136,6 +136,11 @@ class WindowMomentum(_Window):
         self.beta = within("beta", beta, 0.0, 1.0, "0 <= beta < 1")
         self.length, self.average = whole_number("length", length), flag("average", average)
 
+    @property
+    def gain(self) -> float:  # type: ignore[override]
+        """sum_j a_j of a full window."""
+        return math.fsum(self.shares(self.length))
+
     def shares(self, count: int) -> list[float]:
         """Returns a_j of the updates of a window, the oldest first."""
         powers = [self.beta**j for j in reversed(range(count))]
