@@ -57,7 +57,6 @@ class Conservative(Spsa):
         losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
         best = (-sign * losses).argmin().view(1)
         factor = constant((0.0, 1.0, -1.0), torch.float64, losses.device).gather(0, best)
-        factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 
 
