@@ -157,8 +157,8 @@ class StepResult:
                   group's eps)
     seed, step    the run's seed and this step's number
     draws         (step, draw word) of each coefficient's z_k: the seed and these name it
-    skipped       True when a loss, a coefficient, or lr times one, was NaN or infinite in float32: the
-                  weights are as they were
+    skipped       True when a loss was NaN or infinite, or a coefficient, or lr times one, was so in float32:
+                  the weights are as they were. zokern.Private bounds the loss of an example instead
     evaluation    the way in which the losses were read
     why           evaluation 'auto': the reason for the choice; and why torch.compile's graphs did not run
     backend       what ran the kernels: 'cpu', 'cuda', 'triton' or 'reference'

@@ -141,17 +141,18 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
     oracle = Oracle(reading, plan, closure, optimizer.state, lens, rows)
     optimizer.prepare(plan, oracle)
     result: StepResult | None = None
-    finite: Tensor | None = None
+    oracle.answers.clear()  # what a rule or a direction read is theirs to judge
     for estimate in optimizer.estimator(oracle, plan):
         part, record = plan.only(estimate.scope).along(estimate.draws), optimizer.evaluation.record
         part = part.each() if estimate.each else part
         if result is None:
             checked = _check(optimizer, oracle)
             optimizer.ranks.agree(plan)
-        moves = _moves(optimizer, part, estimate, finite)
+        moves = _moves(optimizer, part, estimate, oracle)
+        oracle.answers.clear()
         result = _recorded(record, part, estimate, checked, result, moves, isinstance(optimizer.rule, Sgd))
         # 0: it is not finite, and the later parts of the step do not move either
-        finite = moves[0][0].projected.control[2]
+        oracle.finite = finite = moves[0][0].projected.control[2]
         descent = None
         gradient = estimate.gradient
         if not optimizer.gated() or (gradient is not None and waits(plan, gradient)):
@@ -163,7 +164,7 @@ def _run(optimizer: Steps, closure: Callable[[], Any], first_order: Callable[[],
             if isinstance(descent.loss, Tensor):
                 fine = torch.isfinite(descent.loss)
                 moves = [(w.only(fine.to(w.projected.control.device)), lr, decay) for w, lr, decay in moves]
-                finite = moves[0][0].projected.control[2]
+                oracle.finite = finite = moves[0][0].projected.control[2]
             elif not math.isfinite(descent.loss):
                 break
         with optimizer.ranks.writing():
@@ -229,15 +230,19 @@ def _check(optimizer: Steps, oracle: Oracle) -> tuple[str, ...]:
     return unseen(replace(oracle.plan, rows=plan.rows), found, oracle.asked.closure)
 
 
-def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, finite: Tensor | None) -> list[Movement]:
+def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, oracle: Oracle) -> list[Movement]:
     """Returns the movement of every group: none moves unless the numbers of all are finite.
 
-    finite  0: an earlier estimate of this step is not finite, and none of its later ones is"""
+    Those are the answers that the estimate is made of, its coefficients and what comes of them. Where an
+    earlier estimate of the step is not finite, none of its later ones is."""
     known: dict[Hashable, Movement] = {}
+    rows = estimate.coefficients
+    for answer in oracle.answers:  # less 0.0, which keeps every bit, or less NaN
+        rows = rows - (answer - answer).sum().to(rows.device)
 
     def moves(finite: Tensor | None) -> list[Movement]:
         known.clear()
-        for key, group, row in zip(keys, plan.groups, estimate.coefficients):
+        for key, group, row in zip(keys, plan.groups, rows):
             if key not in known:
                 known[key] = _move(optimizer, plan, group, estimate, row, finite)
         return [known[key] for key in keys]
@@ -247,7 +252,7 @@ def _moves(optimizer: Steps, plan: Plan, estimate: Estimate, finite: Tensor | No
         (id(g.options), g.eps, g.theta[0].device, i if estimate.each else 0)
         for i, g in enumerate(plan.groups)
     ]
-    found = moves(finite)
+    found = moves(oracle.finite)
     if len(known) == 1:
         return found
     device = found[0][0].projected.control.device
@@ -291,9 +296,12 @@ def _descend(
     """Back-propagates an estimate's gradient. What it moves, it moves along its draws as well."""
     assert estimate.gradient is not None
     each: dict[str, Move] = {}
-    for group in plan.groups:
-        lr = float(group.options["lr"])
-        each |= dict.fromkeys(group.names, ([], lr, 1.0 - lr * float(group.options["weight_decay"])))
+    finite = moves[0][0].projected.control[2] == 1.0
+    for group in plan.groups:  # those without draws stay as well where the draws' numbers are not finite
+        lr, device = float(group.options["lr"]), group.theta[0].device
+        decay = 1.0 - lr * float(group.options["weight_decay"])
+        none = Weights.of((), lr, decay, device).only(finite.to(device))
+        each |= dict.fromkeys(group.names, (none, lr, decay))
     each |= {name: move for group, move in zip(part.groups, moves) for name in group.names}
     found, sign = Descent(), -1.0 if optimizer.guards.maximize else 1.0
     try:

@@ -16,6 +16,7 @@ from models import snapshot, tiny
 from torch import Tensor
 
 import zokern
+from zokern.estimator import Guided
 from zokern.evaluation import Point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,17 +103,44 @@ def test_draws_that_are_no_directions_are_refused(method: Any, draws: Callable, 
             zokern.step(optimizer, lambda: model(ids).square().mean())
 
 
-def test_a_skipped_step_of_a_guide_keeps_what_was_kept() -> None:
-    params = weights()
-    optimizer = zokern.MeZOGV(list(params.items()), lr=1e-3, evaluation="master")
-    for _ in range(3):
-        zokern.step(optimizer, lambda: loss(params))
-    kept = copy.deepcopy(optimizer.estimator.state)
-    calls = []
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_skipped_step_of_a_guide_keeps_what_was_kept(factor: float, maximize: bool) -> None:
+    """Whether the kept draw or the new one has the better loss: both occur."""
+    better = set()
+    for seed in range(6):
+        params, calls = weights(), [0] * 4
+        optimizer = zokern.MeZOGV(
+            list(params.items()), lr=1e-3, evaluation="master", seed=seed, maximize=maximize
+        )
+        for _ in range(3):
+            zokern.step(optimizer, lambda params=params: loss(params))
+        kept = copy.deepcopy(optimizer.estimator.state)
+        calls.clear()
 
-    def closure() -> Tensor:
-        """Finite along the draws, NaN along the guide."""
-        calls.append(0)
-        return loss(params) * (math.nan if len(calls) > 2 else 1.0)
+        def closure(params: Any = params, calls: list[int] = calls) -> Tensor:
+            """Finite along the draws, inf or NaN along the guide."""
+            calls.append(0)
+            return loss(params) * (factor if len(calls) > 2 else 1.0)
 
-    assert zokern.step(optimizer, closure).skipped and optimizer.estimator.state == kept and len(calls) == 4
+        result = zokern.step(optimizer, closure)
+        assert result.skipped and optimizer.estimator.state == kept and len(calls) == 4
+        better.add(result.losses[0][0] < result.losses[0][1])
+    assert better == {False, True}
+
+
+def test_a_guide_keeps_nothing_of_a_step_that_back_propagation_skips() -> None:
+    """Its own four losses are finite there. So they are where lr times the coefficient is too large."""
+    for changes in ({"estimator": zokern.Mixed(0.5, Guided())}, {"estimator": Guided(), "lr": 1e38}):
+        params = weights()
+        optimizer = zokern.MeZO(list(params.items()), evaluation="master", **{"lr": 0.0, **changes})
+        optimizer.param_groups[0]["lr"] = 0.0
+        for _ in range(2):
+            zokern.step(optimizer, lambda params=params: loss(params))
+        kept = copy.deepcopy(optimizer.estimator.state)
+        optimizer.param_groups[0]["lr"] = changes.get("lr", 1e-3)
+        for seed in range(4):
+            optimizer.run.seed = seed
+            first_order = (lambda params=params: loss(params) * math.nan) if "lr" not in changes else None
+            result = zokern.step(optimizer, lambda params=params: loss(params) * 1e3, first_order)
+            assert result.skipped and optimizer.estimator.state == kept

@@ -503,6 +503,19 @@ def test_bad_arguments_are_refused_by_name(which: str) -> None:
         make()
 
 
+def test_conservative_refuses_weight_decay() -> None:
+    """By value and before a loss is read, in any group, and where a scheduler has set it."""
+    params = weights()
+    groups = [{"params": [item], "weight_decay": 0.5 * i} for i, item in enumerate(list(params.items())[:2])]
+    optimizer, calls = zokern.ZOConservative(groups, lr=0.1, evaluation="master"), []
+    before = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.raises(ValueError, match=r"weight_decay is 0\.5; .*expected weight_decay=0 in all"):
+        zokern.step(optimizer, lambda: calls.append(0) or loss(params))
+    assert not calls and all(torch.equal(p, before[name]) for name, p in params.items())
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    assert not zokern.step(optimizer, lambda: loss(params)).skipped
+
+
 def test_conservative_needs_one_lr_and_one_eps() -> None:
     params = weights()
     groups = [{"params": [item], "lr": 0.1 * (1 + i)} for i, item in enumerate(list(params.items())[:2])]

@@ -104,9 +104,11 @@ class Anchored(Spsa):
         """Returns the estimate of the full loss; keeps it, and theta, where the losses are finite."""
         losses = oracle.losses(self.points(plan), closure=self.full).view(self.queries, -1)
         differences = self.differences(losses)
-        (finite,) = plan.at_hand(torch.isfinite(differences).all().view(1))
+        fine = torch.isfinite(differences).all()
+        (finite,) = plan.at_hand(fine.view(1))
         known = isinstance(finite, Tensor) or finite
-        self.state = {"step": plan.step, "full": plan.at_hand(differences)} if known else {}
+        kept = torch.where(fine, differences, torch.nan)  # no bound makes a number of NaN
+        self.state = {"step": plan.step, "full": plan.at_hand(kept)} if known else {}
         with oracle.standing():
             for group in plan.groups:
                 for i, tensor in enumerate(group.tensors):

@@ -24,6 +24,9 @@ class Within:
     def __init__(self, oracle: Any, scope: Collection[str], base: list[Tensor] | None = None) -> None:
         self.oracle, self.scope, self.base = oracle, scope, base
 
+    def moved(self) -> bool:
+        return self.oracle.moved()
+
     def losses(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
         scope = self.scope if scope is None else scope
         if self.base is None:

@@ -103,7 +103,12 @@ class Oracle:
             relative to them
     rows    whether the estimator asks for the losses of examples alone, as zokern.Private: then no other
             part reads losses, which would move the weights by numbers without noise
-    asked   the last question"""
+    asked   the last question
+    answers  losses and slopes that the next estimate is made of. Where one is inf or NaN, the step is
+            skipped, whatever the estimator makes of it. The losses of examples alone are not among them:
+            their estimator bounds what one of them can do
+    finite  of the last estimate: 1.0 where its numbers were finite, so that weights moved, or 0.0, 0-d; None:
+            there was none"""
 
     def __init__(
         self,
@@ -123,6 +128,8 @@ class Oracle:
         )
         self.rows = rows
         self.bases: tuple[Base, ...] = ()  # of at(), the outermost first
+        self.answers: list[Tensor] = []
+        self.finite: Tensor | None = None
         self.asked = Asked([], torch.empty(0, dtype=torch.float64, device="cpu"), plan, (), self.closure)
 
     def check_public(self) -> None:
@@ -151,6 +158,7 @@ class Oracle:
         closure = closure or self.closure
         found = self._read(plan, points, closure)
         self.asked = Asked(list(points), found, plan, self.bases, closure)
+        self.answers.append(found)
         return found
 
     def examples(self, points: Sequence[Point], scope: Collection[str] | Plan | None = None) -> Tensor:
@@ -162,6 +170,10 @@ class Oracle:
         found = self._read(plan, points, self.closure)
         self.asked = Asked(list(points), found.mean(1), plan, self.bases, self.closure)
         return found
+
+    def moved(self) -> bool:
+        """Returns whether weights moved by the last estimate. The host waits for the device."""
+        return self.finite is not None and bool(self.finite == 1.0)
 
     def again(self) -> tuple[float, float]:
         """Returns the loss of the last question's first point, read again, and theta's, at the same base."""
@@ -254,6 +266,7 @@ class Oracle:
             )
         losses, slopes = read(plan, draws, self.closure)
         self.asked = Asked([THETA] * len(losses), losses, plan, self.bases, self.closure)
+        self.answers += [losses, slopes]
         return losses, slopes
 
 

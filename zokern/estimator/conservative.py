@@ -24,12 +24,20 @@ class Conservative(Spsa):
 
     A step reads three losses more than zokern.Spsa. It goes with rule SGD and without weight decay, which
     the three losses do not contain.
-    Raises ValueError for arguments out of range, and in a step for parameter groups that differ in lr or
-    eps. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
+    Raises ValueError for arguments out of range. Raises it in a step, before a loss is read, for parameter
+    groups that differ in lr or eps and for a weight_decay above 0. Zhang et al. 2024 (ZO-Bench, arXiv
+    2402.11592)."""
 
     captures = True
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
+        decays = [float(group.options["weight_decay"]) for group in plan.groups]
+        if any(decays):
+            raise ValueError(
+                f"weight_decay is {max(decays)!r}; Conservative reads losses of weights that have not "
+                "decayed: expected weight_decay=0 in all parameter groups, or another estimator, as of "
+                "zokern.MeZO"
+            )
         pairs = {(float(group.options["lr"]), group.eps) for group in plan.groups}
         if len(pairs) > 1:
             raise ValueError(
@@ -49,7 +57,6 @@ class Conservative(Spsa):
         losses = oracle.losses([THETA, ahead, ahead.scaled(-1.0)])
         best = (-sign * losses).argmin().view(1)
         factor = constant((0.0, 1.0, -1.0), torch.float64, losses.device).gather(0, best)
-        factor = torch.where(torch.isfinite(losses).all(), factor, torch.nan)
         yield replace(first, coefficients=first.coefficients * factor)
 
 

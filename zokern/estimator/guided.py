@@ -59,8 +59,9 @@ class Guided(Spsa):
         # of which c g knows their difference alone
         slopes = difference / plan.groups[0].eps * both / (2.0 * scale * scale)
         yield Estimate(draws, found * both, torch.cat((alone, sides)).unsqueeze(0), slopes=slopes)
-        best = int(alone.argmax() if plan.maximize else alone.argmin())
-        self.state["best"] = list(plan.named(draws[best]))  # of a step that moved the weights
+        if oracle.moved():
+            best = int(alone.argmax() if plan.maximize else alone.argmin())
+            self.state["best"] = list(plan.named(draws[best]))
 
 
 __all__ = ["Guided"]

@@ -46,8 +46,7 @@ class Ranked(Spsa):
         ranks = perturbed.argsort(stable=True).argsort().to(losses.dtype)
         centred = torch.zeros_like(losses)
         centred[:, sides] = ((ranks - (count - 1) / 2) / math.sqrt((count**2 - 1) / 12)).view(len(losses), -1)
-        found = torch.where(torch.isfinite(losses).all(), self.differences(centred), torch.nan)
-        return found.expand(len(plan.groups), -1)
+        return self.differences(centred).expand(len(plan.groups), -1)
 
 
 __all__ = ["Ranked"]

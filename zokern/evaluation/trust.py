@@ -8,6 +8,7 @@ train/eval flags or with larger inputs, and every 500th.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -172,7 +173,7 @@ def _farther(
         # before a faster way leaves traces in what the closure keeps
         if factor == 1.0 and not _repeats(again, right[0], coarse):
             raise NotRepeatable(right[0], again)
-        if not size < float("inf"):
+        if not all(map(math.isfinite, right)):  # max() does not see NaN behind a number
             return
         noise = 4e-6 * size
         if coarse:

@@ -24,9 +24,10 @@ class ZOConservative(ZerothOrder):
     lr, eps  per step and in weights. None: lr 2e-5. ZO-Bench: lr 1e-5 to 1e-8, eps 1e-2 to 1e-4
     queries  q: draws a step, averaged
     stencil  'central' or 'forward'
-    options  those of zokern.MeZO, without weight_decay, which the three losses would not contain
+    options  those of zokern.MeZO; weight_decay is 0, because the three losses do not contain it
 
-    Raises ValueError or TypeError, before any weight is touched, for arguments out of range."""
+    Raises ValueError or TypeError, before any weight is touched, for arguments out of range. A step raises
+    ValueError for a weight_decay above 0."""
 
     def __init__(
         self, params: Any, lr: float | None = None, eps: float = 1e-3, *, queries: int = 1,

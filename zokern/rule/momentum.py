@@ -33,7 +33,7 @@ class Momentum(Rule):
     """Moves the weights along an average of the estimates.
 
         M <- beta M + (1 - dampening) g,   theta <- decay theta + lr M,   g = sum_k weights[k] z_k
-        M = g in a parameter's first update
+        M = g in a parameter's first update, which a skipped step may be
 
     beta       0.9 by default, 0 <= beta < 1
     dampening  None: beta, so that M is an exponential average and lr keeps its meaning. 0: Polyak's heavy
@@ -43,7 +43,8 @@ class Momentum(Rule):
     Keeps `momentum` in the optimizer's state, float32. For a dense z it has the parameter's shape (4
     bytes a weight). For a low-rank z it has the shape of the factor that is drawn (r x r, or m x r), and
     is carried over when the basis changes; `basis` is the step of its basis. `updates` counts the steps
-    of a dense parameter, skipped ones too.
+    of a dense parameter, skipped ones too: the host does not know of a skip in time. After a skipped
+    first step M stays 0, and the next step has M = (1 - dampening) g.
     Raises ValueError for a beta or dampening outside [0, 1).
     Polyak 1964; Zhang et al. 2024 (ZO-Bench); Chen et al. 2025 (LOZO-M); Sun et al. 2025 (TeZO-m)."""
 
