@@ -153,9 +153,7 @@ def checkpoint(options: Namespace) -> dict[str, Any] | None:
     if not options.resume:
         if path.exists() or path.with_name(LOG).exists():
             goes_on = "--resume goes on with it, and another folder" if path.exists() else "another folder"
-            raise ValueError(
-                f"--output is {options.output!r}, which holds a run; {goes_on} begins a new one"
-            )
+            raise ValueError(f"--output is {options.output!r}, which holds a run; {goes_on} begins a new one")
         return None
     if not path.exists():
         raise ValueError(
