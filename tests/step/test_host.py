@@ -58,7 +58,9 @@ def test_calls_do_not_grow_with_layers(method: str, way: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
 def test_calls_do_not_grow_with_matrices_that_are_made_at_their_use(way: type) -> None:
-    check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 545, width=260)
+    """A tile of rows is a few calls, and how many rows of a product are exact depends on the processor: 545
+    calls on one, 574 on another."""
+    check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 600, width=260)
 
 
 class Piecewise(zokern.Master):
