@@ -213,8 +213,8 @@ def test_micro_batches_in_a_graph():
 
 
 class Examples(nn.Module):
-    """The loss of each row is summed by itself: a product x @ w has other last bits with other numbers of rows
-    on some processors."""
+    """The loss of each row is summed by itself: on some processors a product x @ w has other last bits with
+    other numbers of rows."""
 
     def __init__(self):
         super().__init__()
