@@ -18,6 +18,7 @@ from .backends import Noise
 from .checks import says
 from .directions import Aligned
 from .fingerprint import memory_of
+from .modules import refill, same
 from .parallel import micro_batches
 from .result import Numbers, StepResult
 from .rule import Adam
@@ -89,7 +90,8 @@ class Graph:
         self.optimizer, self.closure = unwrapped(optimizer), micro_batches(closure)
         _check(self.optimizer)
         self.captures = 0
-        self._seen: Any = None  # what the captured step relies on
+        self._seen: Any = None  # what the last step relied on
+        self._held: list[Any] = []  # the objects that it left
         self._steps = 0
         self._tape: Tape | None = None
         self._graph: Any = None
@@ -101,43 +103,67 @@ class Graph:
 
         Raises what zokern.step raises, and RuntimeError where the step cannot be captured."""
         optimizer, self._steps = self.optimizer, self._steps + 1
-        seen = _relied_on(optimizer)
-        if (
-            self._steps <= EAGER
-            or self._steps % EVERY == 0
-            or (self._tape is not None and seen != self._seen)
-        ):
-            # what has changed may need new tables: the next step captures
-            self._tape = None
-            optimizer.step(self.closure, reads=False)
-            return optimizer.result
-        with optimizer.readings():
-            if self._tape is None:
+        seen, before = _relied_on(optimizer), self._seen
+        # a step that finds something new makes bases, tables and state: none of these belongs on a tape
+        is_new = seen != before or not same(_held(optimizer), self._held)
+        self._seen = seen
+        try:
+            if self._steps <= EAGER or self._steps % EVERY == 0 or is_new:
+                self._tape = None
+                optimizer.step(self.closure, reads=False)
+                return optimizer.result
+            with optimizer.readings():
+                self._step()
+                optimizer.drawn = True
+        finally:
+            self._held = _held(optimizer)
+        optimizer.count(optimizer.result)
+        return optimizer.result
+
+    def _step(self) -> None:
+        """Runs the step from a tape, which is made where there is none."""
+        optimizer, tape = self.optimizer, self._tape
+        kept = _State(optimizer) if self._graph is None or tape is None else None
+        try:
+            if tape is None:
                 # the numbers that a capture needs are in memory after it
-                self._tape, self._graph, self._seen = Tape(optimizer.steps), None, seen
+                self._tape, self._graph = Tape(optimizer.steps), None
                 self.captures += 1
                 self._run(self._tape)
             else:
-                self._tape.renew(optimizer.steps)
-                self._replay(self._tape)
-            optimizer.drawn = True
-        optimizer.count(optimizer.result)
-        return optimizer.result
+                tape.renew(optimizer.steps)
+                self._replay(tape)
+        except BaseException:
+            self._tape = None  # it has a part of the step's numbers
+            if kept is not None and not optimizer.drawn:
+                kept.restore()
+            raise
 
     def _replay(self, tape: Tape) -> None:
         """Runs the step with the numbers of now: as a graph, which is captured first, where there are any."""
         if self._graph is None:
             self._graph = _new_graph(self.optimizer.work.groups[0].theta[0].device)
-            if self._graph is not None:
-                self._capture(tape)
-        if self._graph is None:
-            self._run(tape)
-            return
+            if self._graph is None:
+                self._run(tape)
+                return
+            self._accept(drop=True)  # not in the capture, whose work is done in every replay
+            self._capture(tape)
+        else:
+            self._accept(drop=True)
         self._graph.replay()
+        self._accept()
         assert self._result is not None and self._flat is not None
         # the next replay writes over the numbers
         numbers: Numbers = self._result.numbers.of(self._flat.clone())
         self.optimizer.result = self._result.at(self.optimizer.steps, numbers)
+
+    def _accept(self, drop: bool = False) -> None:
+        """Takes the weights as they are; drop: without the low bits of those that others wrote."""
+        optimizer = self.optimizer
+        if drop:
+            optimizer.low_bits.drop(optimizer.work.groups)
+        for group in optimizer.work.groups:
+            optimizer.low_bits.accept(group.tensors)
 
     def _capture(self, tape: Tape) -> None:
         """Records the launches of a step. Nothing runs."""
@@ -147,12 +173,14 @@ class Graph:
                 self._run(tape)
                 kept.put_back()
         except RuntimeError as problem:
-            self._tape = self._graph = None
             raise RuntimeError(
                 f"the step cannot be captured: {problem}. A captured closure reads no value, moves nothing "
                 "between devices and calls no .item(); "
                 "zokern.step(optimizer, closure) runs it without a graph"
             ) from problem
+        finally:
+            self.optimizer.drawn = False
+            self._accept()
 
     def _run(self, tape: Tape) -> None:
         """Runs the step with its numbers in device memory."""
@@ -178,23 +206,25 @@ def _recording(graph: Any) -> AbstractContextManager:
 
 
 class _State:
-    """The tensors that a rule keeps, so that a replay finds them where the captured step read them."""
+    """What a rule keeps of each parameter, at one moment."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.kept = [
-            (s, k, v) for s in optimizer.state.values() for k, v in s.items() if isinstance(v, Tensor)
-        ]
-        self.names = [(s, set(s)) for s in optimizer.state.values()]
+        self.kept = [(state, dict(state)) for state in optimizer.state.values()]
 
     def put_back(self) -> None:
-        """Copies what was made anew to where it was."""
-        for state, names in self.names:
-            if new := set(state) - names:
+        """Copies what was made anew to where it was, so that a replay finds it there."""
+        for state, before in self.kept:
+            if new := {*state} - {*before}:
                 raise RuntimeError(f"it made the state {sorted(new)} of a parameter anew")
-        for state, key, before in self.kept:
-            if state[key] is not before:
-                before.copy_(state[key])
-                state[key] = before
+            for key, value in before.items():
+                if isinstance(value, Tensor) and state[key] is not value:
+                    value.copy_(state[key])
+                    state[key] = value
+
+    def restore(self) -> None:
+        """Gives each parameter what it had, after a step that failed."""
+        for state, before in self.kept:
+            refill(state, before)
 
 
 def graph(optimizer: Any, closure: Any) -> Graph:
@@ -205,11 +235,13 @@ def graph(optimizer: Any, closure: Any) -> Graph:
                as for torch.cuda.make_graphed_callables: inputs.copy_(batch). A list are micro-batches, as
                for zokern.step
 
-    Each call is one step. The first three run as they are. The next one is captured: both readings, the
-    projected gradient, the update. From then on the host writes lr, weight decay and the step's number to
-    device memory and starts the graph: schedulers go on as before. The step is captured again where
-    memory, flags, eps or a basis have changed, and every 500th runs as it is. On a CPU no graph is made,
-    and the same code runs. Bits are those of zokern.step.
+    Each call is one step. The first three or four run as they are. The next one is captured: both
+    readings, the projected gradient, the update. From then on the host writes lr, weight decay and the
+    step's number to device memory and starts the graph: schedulers go on as before. A step runs as it is
+    where memory, flags, eps, a basis or the optimizer's state have changed, and every 500th does. The
+    step is then captured again. On a CPU no graph is made, and the same code runs. Bits are those of
+    zokern.step, which may run steps in between. After an exception weights, state and step number are as
+    before, and the step can be taken again.
 
     Numbers of a result are read when they are asked for, and guards look at several steps together.
 
@@ -287,6 +319,14 @@ def _relied_on(optimizer: Any) -> Any:
     groups = [id(group) for group in optimizer.param_groups]
     choice = [*getattr(optimizer.evaluation, "order", ())][:1]
     return memory_of(tensors), trained, options, basis, scales, flags, groups, choice
+
+
+def _held(optimizer: Any) -> list[Any]:
+    """Returns the objects whose memory a captured step reads and writes beside the weights: a step without
+    the graph, and load_state_dict, may put others in their place."""
+    states = [*optimizer.state.values()]
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return [optimizer.work.groups, *states, *tensors]
 
 
 __all__ = ["Graph", "graph"]

@@ -977,7 +977,7 @@ NO_LOSSES = {
     "vector": (torch.ones(2), "shape (2,)"), "matrix_1x1": (torch.ones(1, 1), "shape (1, 1)"),
     "empty": (torch.ones(0), "shape (0,)"),
     "complex": (torch.tensor(1j), "complex64"),
-    "bool": (True, "bool"), "None": (None, "None"), "string": ("0.5", "str"),
+    "None": (None, "None"), "string": ("0.5", "str"),
     "python_complex": (1j, "complex"), "list": ([0.5], "list"),
     "graph": (torch.tensor(1.0, requires_grad=True), "graph"), "numpy_vector": (np.ones(2), "ndarray"),
 }  # fmt: skip

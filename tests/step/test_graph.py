@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -98,31 +98,41 @@ CASES: dict[str, tuple[torch.dtype, Made]] = {
 
 
 def run(
-    case: str, how: str, steps: int = STEPS, change: Callable[[int, Any], None] | None = None
-) -> tuple[dict[str, Tensor], list, int]:
-    """Trains on other rows in every step, with an lr that falls. Returns weights, records and captures."""
+    case: str, how: str, steps: int = STEPS, change: Callable[[int, Any], None] | None = None,
+    plain: Collection[int] = (), broken: Collection[int] = (),
+) -> tuple[dict[str, Tensor], list, int]:  # fmt: skip
+    """Trains on other rows in every step, with an lr that falls. Returns weights, records and captures.
+
+    plain   steps that zokern.step runs;  broken  steps that are taken again, because the closure raised"""
     dtype, make = CASES[case]
     torch.manual_seed(0)
     model, ids = tiny(dtype), IDS.clone()
     optimizer = make(model, noted() if how == "simulated" else None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1.0 + step))
 
+    raising = False
+
     def closure() -> Tensor:
+        if raising:
+            raise KeyError("a file")
         return next_token_loss(model(ids), ids)
 
     step: Any = lambda: zokern.step(optimizer, closure)  # noqa: E731
-    if how != "step":
-        step = zokern.graph(optimizer, closure)
+    graph = step if how == "step" else zokern.graph(optimizer, closure)
     records = []
     with graphs_on_cpu(optimizer) if how == "simulated" else nullcontext():
         for number in range(steps):
             ids.copy_((IDS + number) % int(IDS.max() + 1))
             if change is not None:
                 change(number, optimizer)
-            result = step()
+            if raising := number in broken:
+                with pytest.raises((KeyError, RuntimeError), match="a file"):
+                    graph()
+                raising = False
+            result = step() if number in plain else graph()
             records.append((result.step, result.losses, result.coefficients, result.draws, result.skipped))
             schedule.step()
-    return snapshot(model), records, 0 if how == "step" else step.captures
+    return snapshot(model), records, 0 if how == "step" else graph.captures
 
 
 def check(case: str, how: str, **options: Any) -> int:
@@ -142,6 +152,114 @@ def test_bits_are_those_of_a_step(case: str, how: str) -> None:
     assert check(case, how) == (
         3 if case in ("subzero", "pgap", "conservative, low rank") else 1
     )  # a basis for eight steps
+
+
+INTERVALS: dict[str, Callable[..., Any]] = {
+    "pgap": lambda m, b, k: zokern.PGAP(
+        m, lr=1e-2, rank=4, probes=2, interval=k, defer=False, backend=b, **MASTER
+    ),
+    "subzero": lambda m, b, k: zokern.SubZero(m, lr=1e-2, interval=k, defer=False, backend=b, **MASTER),
+    "subzero_plus": lambda m, b, k: zokern.SubZeroPlus(
+        m, lr=1e-2, queries=2, interval=k, defer=False, backend=b, **MASTER
+    ),
+    "lozo_m": lambda m, b, k: zokern.LOZO(
+        m, lr=1e-2, interval=k, momentum=0.9, defer=False, backend=b, **MASTER
+    ),
+    "muon": lambda m, b, k: zokern.ZOMuon(m, lr=1e-2, interval=k, defer=False, backend=b, **MASTER),
+    "sparse": lambda m, b, k: zokern.SparseMeZO(m, lr=1e-2, by="random", every=k, backend=b, **MASTER),
+}
+
+
+def check_interval(method: str, how: str, interval: int) -> None:
+    """The step that runs without the graph stands before a new basis, and elsewhere."""
+    made: tuple = torch.float32, lambda m, b: INTERVALS[method](m, b, interval)
+    with patch.dict(CASES, {"interval": made}), patch.object(graphs, "EVERY", 4):
+        check("interval", how)
+
+
+@pytest.mark.parametrize("how, interval", [("cpu", 2), ("simulated", 4)])
+@pytest.mark.parametrize("method", INTERVALS)
+def test_bits_with_bases_that_last_some_steps(method: str, how: str, interval: int) -> None:
+    check_interval(method, how, interval)
+
+
+def test_a_basis_that_a_tape_does_not_rely_on_is_rejected() -> None:
+    right = graphs._relied_on
+
+    def blind(optimizer: Any) -> Any:
+        with patch.object(optimizer, "factored", None):
+            return right(optimizer)
+
+    with (
+        patch.object(graphs, "_relied_on", blind),
+        pytest.raises((AssertionError, ValueError), match="not that of zokern.step|scalars is"),
+    ):
+        check_interval("pgap", "cpu", 4)
+
+
+PLAIN = (6, 7, 13)  # steps that zokern.step runs, between those of the graph
+
+
+@pytest.mark.parametrize(
+    "case, how", [*((case, "simulated") for case in CASES), ("conmezo", "cpu"), ("subzero_plus", "cpu")]
+)
+def test_bits_with_plain_steps_between(case: str, how: str) -> None:
+    check(case, how, plain=PLAIN)
+
+
+def resumed(number: int, optimizer: Any) -> None:
+    """Loads its own state, as after a run that went astray."""
+    if number == 10:
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+def written(number: int, optimizer: Any) -> None:
+    """Writes weights in the step that is captured and in one that is replayed."""
+    if number in (3, 8):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][1].mul_(0.75)
+
+
+@pytest.mark.parametrize("case", ["residual", "conmezo"])
+def test_weights_that_others_wrote_have_no_low_bits(case: str) -> None:
+    check(case, "simulated", change=written)
+
+
+@pytest.mark.parametrize("case", ["adam", "lozo_m", "subzero", "conmezo", "residual"])
+def test_bits_after_a_state_was_loaded(case: str) -> None:
+    check(case, "simulated", change=resumed, plain=PLAIN)
+
+
+@pytest.mark.parametrize("broken", [2, 3, 7])  # the step that is recorded, the capture, a later one
+@pytest.mark.parametrize("how", ["cpu", "simulated"])
+@pytest.mark.parametrize("case", ["adam", "conmezo", "subzero_plus"])
+def test_a_step_that_failed_is_taken_again(case: str, how: str, broken: int) -> None:
+    """An exception of the closure loses nothing. A graph that was captured runs no closure."""
+    check(case, how, broken=[] if (how, broken) == ("simulated", 7) else [broken])
+
+
+BETWEEN: dict[str, tuple[str, dict[str, Any], Callable[[], Any]]] = {
+    "state that another step made": (
+        "conmezo", {"plain": PLAIN}, lambda: patch.object(graphs, "_held", lambda optimizer: []),
+    ),
+    "low bits that others overwrote": (
+        "residual", {"change": written}, lambda: patch.object(graphs.Graph, "_accept", nothing),
+    ),
+    "counts of a step that failed": (
+        "adam", {"broken": [3]}, lambda: patch.object(graphs._State, "restore", nothing),
+    ),
+}  # fmt: skip
+
+
+def nothing(*given: Any, **options: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize("wrong", BETWEEN)
+def test_check_rejects_a_graph_that_does_not_look(wrong: str) -> None:
+    case, options, mistake = BETWEEN[wrong]
+    with mistake(), pytest.raises((AssertionError, RuntimeError), match="not that of zokern.step"):
+        check(case, "simulated", **options)
 
 
 def changes(number: int, optimizer: Any) -> None:
@@ -208,6 +326,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
     "layers of a step": (zokern.LeZO, "estimator Layers"),
     "a rule with numbers": (zokern.AdaMeZO, "rule WindowAdam"),
     "weights beside theta": (lambda m: zokern.MeZO(m, rule=zokern.Averaged()), "rule Averaged.*on the host"),
+    "an anchor": (zokern.MeZOSVRG, "estimator Anchored"),
     "a search now and then": (zokern.DiZO, "rule Projected.*on the host"),
     "a schedule of draws": (
         lambda m: zokern.PGAP(m, rank=2, defer=False, steps=9),

@@ -7,8 +7,8 @@ Its inputs and calls of the model decide:
     use short batches                                'paired': W is read once for both sides, and Python runs
     once long batches                                 'scratch' on a CPU, 'master' on a GPU: products dominate
 
-The chosen way is compared with 'master' (trust.py). One that fails, then or later, gives its place to the
-next with one warning.
+The chosen way is compared with 'master' (trust.py). One that refuses the closure, then or later, gives its
+place to the next with one warning. An error that 'master' meets too is the closure's own, and is raised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .. import gemm
 from ..parameters import is_compiled
 from ..plan import Plan
 from ..warning import warn
-from .base import NotRepeatable, Point, Record
+from .base import Point, Record, Refused
 from .isolation import Isolation
 from .jvp import Jvp
 from .master import Master
@@ -48,8 +48,8 @@ class Auto:
     The first step is read by 'master'. The inputs of the model and its number of calls then decide:
     'master' for several forwards in a closure, 'paired' for short batches, else 'scratch' on a CPU and
     'master' on a GPU. What torch.compile made stays with 'master', where its graphs run as they are. A
-    way that fails gives its place to the next, with one warning. Derivatives are read as by zokern.Jvp.
-    Weights are as before after every reading.
+    way that fails where 'master' reads gives its place to the next, with one warning. Derivatives are read
+    as by zokern.Jvp. Weights are as before after every reading.
     Raises ValueError for a budget below 1 MB, and in a step what the closure raises."""
 
     name, exact, stands_in = "auto", True, False
@@ -91,7 +91,7 @@ class Auto:
         elif self.seen is not None and plan.step != self.began:
             self.order, self.why = _choose(plan, self.seen, self.order[0])
             self.seen = None
-        failed: list[tuple[str, Exception]] = []
+        failed: list[tuple[str, Refused]] = []
         order = self.order
         while True:
             way = self.ways[self.order[0]]
@@ -104,9 +104,9 @@ class Auto:
                 else:
                     found = way.losses(plan, points, closure)
                 break
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as problem:
+            except Refused as problem:  # other errors are the closure's own (Scratch.read)
                 left = [name for name in self.order[1:] if name != "master" or fits(plan)]
-                if isinstance(problem, NotRepeatable) or not left:
+                if not left:
                     self.order = order  # no way could read it: the closure is at fault
                     raise
                 failed.append((way.name, problem))

@@ -117,8 +117,13 @@ class Isolation:
         and inputs of the root modules are measured.
 
         eager  run torch.compile'd modules as the Python that they were compiled from"""
+
+        def measure(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            """Looks at the inputs. A copy of the module has the same function, and no copy of the plan."""
+            self._measure(module, args, kwargs)
+
         hooks = [
-            root.register_forward_pre_hook(self._measure, with_kwargs=True)
+            root.register_forward_pre_hook(measure, with_kwargs=True)
             for root in self.tree.roots
             if _takes_hooks(root)
         ]

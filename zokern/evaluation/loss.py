@@ -20,8 +20,8 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
 
     rows  a vector with the loss of each example is expected, and returned as float64 [examples]
 
-    A 0-d or one-element tensor (of integers or booleans too: a count of right answers is one), a Python
-    number or a NumPy scalar. A DTensor is gathered or summed over its ranks. Vectors, complex numbers, None
+    A 0-d or one-element tensor, a Python number or a NumPy scalar (of integers or booleans too: a count of
+    right answers is one). A DTensor is gathered or summed over its ranks. Vectors, complex numbers, None
     and losses that carry an autograd graph are refused: each has meant a bug in a closure.
     """
     expected = "expected a scalar: a 0-d or [1] tensor of real numbers, or a Python number"
@@ -53,8 +53,9 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
         return loss.reshape([-1] if rows else []).to(torch.float64)
     if hasattr(loss, "dtype") and getattr(loss, "shape", None) == ():
         loss = loss.item()  # NumPy
-    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
-        raise TypeError(f"the closure returned {type(loss).__name__} {loss!r:.80}; {expected}")
+    if not isinstance(loss, numbers.Real):
+        said = f"the closure returned {type(loss).__name__} {loss!r:.80}; {expected}"
+        raise TypeError(f"{said}{_way_out(loss)}")
     try:
         value = float(loss)
     except OverflowError:  # an integer or a fraction beyond the floats
@@ -62,8 +63,20 @@ def loss_tensor(loss: Any, rows: bool = False) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
+def _way_out(output: Any) -> str:
+    """Returns what to return in the place of a model's whole output."""
+    if hasattr(output, "loss"):
+        return ": return its .loss"
+    if isinstance(output, dict):
+        return ": return its .loss, or ['loss'] of a dict"
+    return ": return its .loss, or the loss of a tuple alone" if isinstance(output, (tuple, list)) else ""
+
+
 def one_number(loss: Any) -> Refused:
-    """Says that a number, where one call reads all sides, would be one for all of them."""
+    """Says that a number, where one call reads all sides, would be one for all of them.
+
+    Raises TypeError for what is no number (loss_tensor)."""
+    loss_tensor(loss)
     return Refused(
         f"the closure returned {type(loss).__name__} {loss!r:.40}, one number for all sides of a step: "
         "return a tensor, or use evaluation='master'"

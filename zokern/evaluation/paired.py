@@ -14,21 +14,19 @@ memory, a loss that is a Python number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._functorch import vmap
 
-from . import standin
+from ..plan import Plan
 from .attention import folding
-from .base import WAY_OUT, Refused
 from .copies import Copies
 from .loss import loss_tensor, one_number
 from .scratch import Scratch
 from .standin import standing_in
+from .trust import Reads
 
 
 class Paired(Scratch):
@@ -43,9 +41,11 @@ class Paired(Scratch):
     The weights are never written: copies, or products made at their use, stand in their place. What
     torch.compile made stays compiled: its graphs read all sides (docs/internals.md).
     Raises ValueError for arguments out of range. A step raises zokern.Refused where torch.vmap cannot map
-    the closure: a branch on a value, `.item()`, an in-place write, a loss that is a Python number."""
+    the closure: a branch on a value, `.item()`, an in-place write, a loss that is a Python number. An
+    exception that 'master' meets too is the closure's own, and is raised as it is."""
 
     name = "paired"
+    refusal = "torch.vmap cannot map the closure"
 
     def __init__(self, budget: int | None = None, sides: int = 32, check: bool = True) -> None:
         if not isinstance(sides, int) or sides < 2:
@@ -68,25 +68,11 @@ class Paired(Scratch):
                     raise one_number(loss)
                 found = loss_tensor(loss, copies.plan.rows)
                 return torch._C._functorch._remove_batch_dim(found, copies.level, copies.sides, 0)
-        except Refused:
-            raise
-        except Exception as problem:
-            if not _is_inside(problem, (torch, standin)):
-                raise
-            raise Refused(
-                f"torch.vmap cannot map the closure ({type(problem).__name__}: {problem}): {WAY_OUT}"
-            ) from problem
         finally:
             copies.level = None
 
-
-def _is_inside(problem: BaseException, packages: Sequence[ModuleType]) -> bool:
-    """Whether an exception was raised by Python code of some packages, and not by the closure's."""
-    at = problem.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    file = at.tb_frame.f_code.co_filename if at is not None else ""
-    return file.startswith(tuple(str(Path(str(package.__file__)).parent) for package in packages))
+    def _safer(self, plan: Plan) -> Reads | None:
+        return super()._safer(plan) or Scratch(self.arena.budget, check=False)
 
 
 __all__ = ["Paired"]

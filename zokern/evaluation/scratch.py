@@ -25,12 +25,13 @@ from ..parameters import is_compiled
 from ..plan import Plan
 from . import exchange
 from .arena import Arena
-from .base import Point, Record, Refused, distinct
+from .base import WAY_OUT, Point, Record, Refused, distinct
 from .copies import Copies
 from .isolation import Isolation
 from .loss import loss_tensor
+from .master import Master
 from .standin import standing_in
-from .trust import Trust
+from .trust import Reads, Trust, fits
 
 MIB = 1 << 20
 SETS = 3  # of trained parameters: torch makes 8 graphs of a function, and then none
@@ -49,10 +50,12 @@ class Scratch:
     The weights are never written. Copies of small tensors and tiles of large ones stand in their place.
     What torch.compile made stays compiled (docs/internals.md).
     Raises ValueError for a budget out of range. A step raises zokern.Refused where a use cannot be
-    followed, as in TorchScript modules and for parameters of a class of their own."""
+    followed, as in TorchScript modules and for parameters of a class of their own. An exception that 'master'
+    meets too is the closure's own, and is raised as it is."""
 
     name, defers, exact, stands_in = "scratch", True, True, True
     sides = 1  # points that are read in one pass
+    refusal = "copies cannot stand in for the weights in this closure"
 
     def __init__(self, budget: int | None = None, check: bool = True) -> None:
         if budget is not None and (not isinstance(budget, int) or budget < MIB):
@@ -99,13 +102,46 @@ class Scratch:
         self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
     ) -> Tensor:
         """Returns the losses without a comparison."""
-        read = partial(self._read, plan, points, closure, isolation)
+        read = partial(self._read_eager, plan, points, closure, isolation)
         if not self._runs_graphs(plan):
-            return read(graphs=False)
+            return read()
         try:
-            return read(graphs=True)
+            return self._read(plan, points, closure, isolation, graphs=True)
         except Exception as problem:
-            return self._without_graphs(problem, partial(read, graphs=False))
+            return self._without_graphs(problem, read)
+
+    def _read_eager(
+        self, plan: Plan, points: Sequence[Point], closure: Callable[[], object], isolation: Isolation
+    ) -> Tensor:
+        """Returns the losses, without torch.compile's graphs. What fails here alone is refused."""
+        try:
+            return self._read(plan, points, closure, isolation, graphs=False)
+        except Refused:
+            raise
+        except Exception as problem:
+            if not self._fails_alone(plan, points, closure):
+                raise
+            said = f"{type(problem).__name__}: {problem}"
+            raise Refused(f"{self.refusal} ({said}): {WAY_OUT}") from problem
+
+    def _fails_alone(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> bool:
+        """Whether another way reads the points at which this one failed, and this one fails again: else the
+        error is the closure's own."""
+        if (safer := self._safer(plan)) is None:
+            return False
+        try:
+            safer.read(plan, points, closure, Isolation(plan))
+        except Exception:
+            return False
+        try:
+            self._read(plan, points, closure, Isolation(plan), graphs=False)
+        except Exception:
+            return True
+        return False
+
+    def _safer(self, plan: Plan) -> Reads | None:
+        """Returns the way that tells whose an error is; None: there is no memory for one."""
+        return Master() if fits(plan) else None
 
     def _runs_graphs(self, plan: Plan) -> bool:
         """Whether what torch.compile made stays compiled."""

@@ -130,6 +130,9 @@ class Cone(Rule):
             beta = plan.numbers(lambda: [self._beta(plan.now)], torch.float64, w.device)[0]
         elif not weights.is_finite:
             return 0
+        else:  # a captured step left l in device memory, here the host's
+            for tensor in group.tensors:
+                states[tensor]["length"] = float(states[tensor]["length"])
         # parameters that were frozen for a while have an l of their own
         launches: dict[Any, list[int]] = {}
         for i, tensor in enumerate(group.tensors):
