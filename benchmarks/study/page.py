@@ -106,6 +106,19 @@ def tuning(group: Group, name: str) -> list[str]:
     ]  # fmt: skip
 
 
+def of_lr(group: Group) -> str:
+    """Returns what lr changes beside what the method changes, by the trials of a group; '' for few of them."""
+    tried = [[t["loss"] for t in rows[0]["trials"] if t["loss"] is not None] for rows in group.runs.values()]
+    if len(tried) < 4:
+        return ""
+    within = statistics.median(max(losses) - min(losses) for losses in tried)
+    low, _, high = statistics.quantiles(min(losses) for losses in tried)
+    return (
+        f"The losses of a method's trials differ by {within:.3f} (median over methods); their best ones, "
+        f"from method to method, by {high - low:.3f} (the middle half)."
+    )
+
+
 def section(group: Group) -> list[str]:
     """Returns the part of the page on one model and set."""
     start = next(iter(group.runs.values()))[0]["points"][0]
@@ -135,6 +148,7 @@ def section(group: Group) -> list[str]:
         "",
         *table(TUNING, [tuning(group, name) for name in group.runs]),
         "",
+        *([said, ""] if (said := of_lr(group)) else []),
     ]
 
 

@@ -14,7 +14,7 @@ import zokern
 from benchmarks.study import __main__ as study
 from benchmarks.study import problems, train
 from benchmarks.study.order import BASE, LARGE, MAIN, MODELS, SEEDS, SETS, SMALL, Run, order
-from benchmarks.study.page import lacking, page, to_target
+from benchmarks.study.page import lacking, of_lr, page, to_target
 from benchmarks.study.reading import crossing, groups
 from benchmarks.study.store import Store
 from benchmarks.study.train import counted
@@ -404,6 +404,36 @@ def test_the_page_says_where_and_how() -> None:
     several = page(PAGE_SETTINGS, [rows[0], rows[1] | {"machine": "another"}], [BASE])
     assert "Nothing is read at MeZO's time" in several and "were not committed" not in several
     assert page(PAGE_SETTINGS, [], [BASE])  # nothing was run
+
+
+def check_of_lr(function) -> None:
+    """Between the trials of a method, and between the best ones of methods; one that diverged is none."""
+    rows = [
+        row(name, LINE, FALL)
+        | {"trials": [{"lr": lr, "loss": x} for lr, x in enumerate((best, best + far, None))]}
+        for name, best, far in (
+            ("A", 0.1, 0.3),
+            ("B", 0.2, 0.3),
+            ("C", 0.3, 0.3),
+            ("D", 0.4, 5.0),
+            ("E", 0.5, 0.1),
+        )
+    ]
+    (group,) = groups(rows, BUDGETS)
+    assert "differ by 0.300 (median over methods)" in function(group)
+    assert "by 0.300 (the middle half)" in function(group)
+    assert function(groups(rows[:3], BUDGETS)[0]) == ""
+
+
+def test_what_lr_changes() -> None:
+    check_of_lr(of_lr)
+
+    def whole(group):
+        """The largest difference of all."""
+        return of_lr(replace(group, runs=dict.fromkeys(group.runs, group.runs["D"])))
+
+    with pytest.raises(AssertionError):
+        check_of_lr(whole)
 
 
 def check_to_target(function) -> None:
