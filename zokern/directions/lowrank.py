@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from ..part import Part
 from ..stream import BASIS, draw_word
 from .normal import Normal
 from .orthonormal import orthonormal
@@ -148,7 +149,7 @@ LEFT, RIGHT = draw_word(0, BASIS), draw_word(1, BASIS)
 RESHAPES, NORMS = ("adapters", "all", "none"), ("matched", "unit")
 
 
-class LowRank:
+class LowRank(Part):
     """z = s U C V^T of a matrix (m, n), with U (m, r), C (r, r) and V (n, r), float32.
 
     u, v     Kept or Drawn; both Kept as often;  c  Drawn, or None: the identity, where U or V is drawn
@@ -192,7 +193,6 @@ class LowRank:
         self.rank = whole_number("rank", rank)
         self.u, self.c, self.v, self.norm, self.reshape = u, c, v, norm, reshape
         self.dense = Normal() if dense is None else dense
-        self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
 
     @property
     def is_diagonal(self) -> bool:

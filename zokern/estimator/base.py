@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..evaluation import THETA, Evaluation, Point
 from ..group import Draw, Group
+from ..part import Part
 from ..plan import Plan
 
 # lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of
@@ -257,7 +258,7 @@ class Oracle:
         return losses, slopes
 
 
-class Estimator:
+class Estimator(Part):
     """Estimates the gradient: the base class of estimators, which ask for losses and yield estimates.
 
         for estimate in estimator(oracle, plan): rule.update(plan.only(estimate.scope), ..., estimate)
@@ -278,7 +279,6 @@ class Estimator:
                         zokern.graph takes it. A subclass says it anew"""
 
     queries: int = 1
-    state: dict[str, Any]
     lr = SLOPES
     gain: float | None = None
     rows = backpropagates = captures = False

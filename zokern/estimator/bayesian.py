@@ -12,7 +12,6 @@ published trainer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -46,7 +45,6 @@ class Bayesian(Estimator):
             whole_number("queries", queries, 1),
             whole_number("observations", observations, 1),
         )
-        self.state: dict[str, Any] = {}
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         prior, eps = sum(t.numel() for t in plan.tensors) / 1e6, plan.groups[0].eps

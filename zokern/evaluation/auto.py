@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import gemm
 from ..parameters import is_compiled
+from ..part import Part
 from ..plan import Plan
 from ..warning import warn
 from .base import NotRepeatable, Point, Record
@@ -39,7 +40,7 @@ ROWS = (
 FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read once
 
 
-class Auto:
+class Auto(Part):
     """Chooses between zokern.Master, zokern.Paired and zokern.Scratch; the step's record says which ran,
     and why.
 
@@ -56,6 +57,11 @@ class Auto:
 
     def __init__(self, budget: int | None = None) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was chosen, and takes copies of the ways as they are before a run."""
+        self.ways = {name: way.fresh() for name, way in self.ways.items()}
         self.jvp = Jvp()
         self.order: list[str] = []  # ways that are left, the one in use first
         self.began = 0
