@@ -106,7 +106,7 @@ def shallow(part: type) -> type:
 
     def fresh(self):
         copied = object.__new__(type(self))
-        vars(copied).update(vars(self))
+        vars(copied).update(vars(self), state=self.state)
         return copied
 
     return type("Shallow", (part,), {"fresh": fresh})
