@@ -12,6 +12,7 @@ from .estimator import (
     Blockwise,
     Conservative,
     Curvature,
+    Estimate,
     Estimator,
     ForwardGradient,
     Guided,
@@ -19,6 +20,7 @@ from .estimator import (
     Layers,
     LeaveOneOut,
     Mixed,
+    Oracle,
     Private,
     Ranked,
     Sign,
@@ -27,7 +29,7 @@ from .estimator import (
     Spsa,
     Stencil,
 )  # fmt: skip
-from .evaluation import Auto, InPlace, Jvp, Master, Paired, Refused, Scratch
+from .evaluation import THETA, Auto, InPlace, Jvp, Master, Paired, Point, Refused, Scratch
 from .evaluation import InPlace as Walk
 from .graph import graph
 from .methods import *  # noqa: F403  (their names are found in the folder)
@@ -57,11 +59,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adam", "Anchored", "Auto", "Averaged", "Bayesian", "Blockwise", "Cone", "Conservative", "Curvature",
-    "Estimator", "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut", "Masked",
-    "Master", "Mixed", "Momentum", "Muon", "Normal", "Objective", "Paired", "Parallel", "Private",
-    "Projected", "Rademacher", "RankFailed", "Ranked", "Refused", "Rule", "Scaled", "Scratch", "Sgd", "Sign",
-    "SignSgd", "Split", "Spread", "Spsa", "Stencil", "StepResult", "Tuning", "Walk",
-    "WindowAdam", "WindowMomentum", "__version__", "axpy_", "draw", "graph", "linear", "lowrank_", "perturb",
-    "philox4x32", "project", "sketch", "step", "tune", "update_",
+    "Estimate", "Estimator", "ForwardGradient", "Guided", "InPlace", "Jvp", "Kernel", "Layers", "LeaveOneOut",
+    "Masked", "Master", "Mixed", "Momentum", "Muon", "Normal", "Objective", "Oracle", "Paired", "Parallel",
+    "Point", "Private", "Projected", "Rademacher", "RankFailed", "Ranked", "Refused", "Rule", "Scaled",
+    "Scratch", "Sgd", "Sign", "SignSgd", "Split", "Spread", "Spsa", "Stencil", "StepResult", "THETA",
+    "Tuning", "Walk", "WindowAdam", "WindowMomentum", "__version__", "axpy_", "draw", "graph",
+    "linear", "lowrank_", "perturb", "philox4x32", "project", "sketch", "step", "tune", "update_",
 ]  # fmt: skip
 __all__ += METHODS

@@ -72,8 +72,11 @@ def step(optimizer: Any, closure: Closures, first_order: Callable[[], Any] | Non
 
     Returns a zokern.StepResult. Writes the trained parameters, once, and nothing else: RNG streams,
     train/eval flags, buffers, attributes of modules and the module tree are as they were. If the closure
-    raises, the weights are as they were (evaluation 'inplace': up to rounding). The first step reads its
-    first loss twice, and the loss of theta.
+    raises, the weights are as they were (evaluation 'inplace': up to rounding), with two exceptions.
+    zokern.BlockMeZO in Gauss-Seidel order has written the blocks before the one that was read. An error
+    within the back-propagation of zokern.Addax leaves those parameters moved that it had reached. The step
+    has then used its number.
+    The first step reads its first loss twice, and the loss of theta.
     Raises TypeError, before anything is read, for another optimizer, for what is no closure, and for a
     first_order that nothing uses. Raises RuntimeError when the closure is not repeatable, changed the
     weights or never used them. Raises RuntimeError after too many skipped or dead steps in a row, and when

@@ -29,7 +29,7 @@ from .checks import finite_number, whole_number
 from .estimator import Estimate, Estimator, Oracle, Spsa, Stencil
 from .estimator.base import ONES
 from .estimator.spsa import CENTRAL
-from .evaluation import Evaluation, Jvp
+from .evaluation import Evaluation, resolve
 from .evaluation.loss import mean_of
 from .optimizer import ZerothOrder
 from .parallel import Together
@@ -237,7 +237,7 @@ def tune(
         reach = finite_number("reach", reach, above=0.0)
     say = say or (lambda text: None)
     with optimizer.ranks.telling(optimizer.steps), _borrowed(optimizer) as plan:
-        reading = Together(Jvp() if evaluation is None else evaluation, optimizer.ranks)
+        reading = Together(resolve("jvp" if evaluation is None else evaluation), optimizer.ranks)
         oracle = _Counted(reading, plan, given[0], optimizer.state)
         optimizer.prepare(plan, oracle)
         own = [group.eps for group in plan.groups]

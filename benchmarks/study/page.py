@@ -107,7 +107,7 @@ def tuning(group: Group, name: str) -> list[str]:
 
 
 def of_lr(group: Group) -> str:
-    """Returns what lr changes beside what the method changes, by the trials of a group; '' for few of them."""
+    """Returns what lr changes beside what the method changes, by trials; '' for few methods."""
     tried = [[t["loss"] for t in rows[0]["trials"] if t["loss"] is not None] for rows in group.runs.values()]
     if len(tried) < 4:
         return ""

@@ -182,6 +182,30 @@ def test_a_number_that_is_not_finite_in_one_block(order: str, evaluation: str, f
     assert moved == ([] if order == "jacobi" else list(NAMES[:3]))
 
 
+@pytest.mark.parametrize("evaluation", ["master", "scratch"])
+@pytest.mark.parametrize("order", ["gauss-seidel", "jacobi"])
+def test_a_closure_that_raises_in_one_block(order: str, evaluation: str) -> None:
+    """In Gauss-Seidel order the first block has moved, and the step has used its number."""
+    params, calls = weights(), []
+    optimizer = zokern.BlockMeZO(
+        list(params.items()), lr=0.1, eps=0.05, order=order, evaluation=evaluation, paired_check=None
+    )
+    zokern.step(optimizer, lambda: loss(params))  # which is compared with 'master'
+    before = {name: p.detach().clone() for name, p in params.items()}
+
+    def closure() -> Tensor:
+        calls.append(True)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(params)
+
+    with pytest.raises(KeyboardInterrupt):
+        zokern.step(optimizer, closure)
+    moved = {block_of(name) for name in NAMES if not torch.equal(before[name], params[name])}
+    assert moved == (set() if order == "jacobi" else {block_of(NAMES[0])})
+    assert optimizer.steps == 1 + len(moved)
+
+
 def test_what_a_coefficient_of_inf_would_do_if_blocks_moved_one_by_one() -> None:
     with (
         patch("zokern.estimator.blocks._together", lambda estimates: list(estimates)),

@@ -27,7 +27,7 @@ SOURCE = re.compile(r"\b(19|20)\d\d\b|\barXiv\b")
 UNIT = re.compile(r"\b(units?|weights?|loss(es)?|per|bytes)\b")
 WITH_UNITS = {"eps", "lr", "clip", "scale", "scales", "coeffs", "noise", "clip_norm", "budget", "reach"}
 DIALECT = re.compile(r"\b(whoever|somebody|nobody|what waits)\b", re.I)
-NUMBERS = {"__version__"}
+NUMBERS = {"__version__", "THETA"}
 
 
 def _load(path: Path):
@@ -60,7 +60,7 @@ def kind(exported) -> str:
 
 def parameters(exported) -> list[str]:
     """The arguments that a docstring has to tell: none of exceptions and of what a user does not build."""
-    if exported in (zokern.StepResult, zokern.Tuning, zokern.Refused, zokern.RankFailed):
+    if exported in (zokern.StepResult, zokern.Tuning, zokern.Refused, zokern.RankFailed, zokern.Oracle):
         return []
     return [name for name, p in inspect.signature(exported).parameters.items() if p.kind is not p.VAR_KEYWORD]
 

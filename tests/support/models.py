@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zokern.evaluation.arena import Arena
-
 VOCABULARY = 37
 
 
@@ -81,7 +79,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def at_use(evaluation, budget: int = 1 << 16):
     """The evaluation with a budget that does not hold the model: its matrices are copied, or z beside them
     made, at their use."""
-    evaluation.arena = Arena(budget)
+    evaluation.budget = budget
+    evaluation.begin()
     return evaluation
 
 

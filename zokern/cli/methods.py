@@ -106,11 +106,11 @@ def cost(name: str) -> Cost:
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))
     x = torch.ones(1, SIZE, dtype=torch.float32, device="cpu")
-    evaluation = _Counted()
     make: Any = methods.METHODS[name]
     given = inspect.signature(make).parameters.get("interval")
     interval, short = (1, {}) if given is None else (int(given.default), {"interval": 2})
-    optimizer, counts = make(model, evaluation=evaluation, paired_check=0, **short), list[int]()
+    optimizer, counts = make(model, evaluation=_Counted(), paired_check=0, **short), list[int]()
+    evaluation = optimizer.evaluation
     group = optimizer.param_groups[0]
     lr, eps = float(group["lr"]), float(group["eps"])  # before a step, which may have a schedule of its own
     with warnings.catch_warnings():

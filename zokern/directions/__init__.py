@@ -44,7 +44,7 @@ def resolve(direction: str | Direction) -> Direction:
 
 def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
     """Returns the low-rank and the scaled direction that a direction is,
-    and the dense one that it is made of.
+    and the dense one that it is made of. The low-rank one is a copy, as it is before a run.
 
     Raises ValueError for a low-rank direction whose dense part has factors."""
     if isinstance(direction, LowRank):
@@ -53,7 +53,7 @@ def parts(direction: Any) -> tuple[LowRank | None, Scaled | None, Direction]:
                 f"direction {direction.name!r} has dense={direction.dense.name!r}; expected a direction "
                 "without factors: a scale of single elements goes with dense directions only"
             )
-        return direction, None, resolve(direction.dense)
+        return direction.fresh(), None, resolve(direction.dense)
     if isinstance(direction, Scaled):
         return None, direction, resolve(direction.base)
     return None, None, resolve(direction)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import whole_number
+from ..part import Part
 from ..stream import BASIS, draw_word
 from .normal import Normal
 from .orthonormal import orthonormal
@@ -151,7 +152,7 @@ ADAPTER = 64
 RESHAPES, NORMS = ("adapters", "all", "none"), ("matched", "unit")
 
 
-class LowRank:
+class LowRank(Part):
     """z = s U C V^T of a matrix (m, n), with U (m, r), C (r, r) and V (n, r), float32.
 
     u, v     Kept or Drawn; both Kept as often;  c  Drawn, or None: the identity, where U or V is drawn
@@ -195,7 +196,6 @@ class LowRank:
         self.rank = whole_number("rank", rank)
         self.u, self.c, self.v, self.norm, self.reshape = u, c, v, norm, reshape
         self.dense = Normal() if dense is None else dense
-        self.state: dict[Any, Any] = {}  # what a resumed run needs beside the stream
 
     @property
     def is_diagonal(self) -> bool:

@@ -62,6 +62,10 @@ class Around(Estimator):
     def state(self, kept: dict[str, Any]) -> None:
         self.inner.state = kept
 
+    def begin(self) -> None:
+        """Takes a copy of the inner estimator as it is before a run."""
+        self.inner = self.inner.fresh()
+
     @property
     def rows(self) -> bool:  # type: ignore[override]
         """Whether the inner estimator asks for the losses of examples alone."""

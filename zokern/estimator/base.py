@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..evaluation import THETA, Evaluation, Point
 from ..group import Draw, Group
+from ..part import Part
 from ..plan import Plan
 
 # lr of optimizers that are given none: for coefficients in units of loss per weight, and for coefficients of
@@ -44,8 +45,9 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Estimate:
-    """g = (1 / count) sum_k coefficients[k] z_k, and a gradient where there is one: an estimate of the
-    gradient.
+    """Holds an estimate of the gradient along draws, which an estimator yields and a rule moves along.
+
+        g = (1 / count) sum_k coefficients[k] z_k, and a back-propagated gradient where there is one
 
     draws         of each z_k: a draw word of this step, or (step, draw word) of an earlier one; the last is
                   one of this step
@@ -60,7 +62,10 @@ class Estimate:
                   None: not known
     curvatures    float64 (parameter groups, draws): |z_k^T H z_k| as read, for a direction that learns its
                   factors; None: not read
-    gradient      a back-propagated term beside the draws; None: there is none"""
+    gradient      a back-propagated term beside the draws; None: there is none
+
+    zokern.tune and StepResult.predicted_fall need `slopes`. Raises ValueError, in the step, where the last
+    draw is none of this step. Spall 1992, for the form."""
 
     draws: tuple[Draw, ...]
     coefficients: Tensor
@@ -95,8 +100,8 @@ class Asked(NamedTuple):
 
 
 class Oracle:
-    """What an estimator asks: the losses at points, in one call of the evaluation. The weights are as before
-    after each answer.
+    """Answers an estimator: returns the losses at points, in one call of the evaluation. The weights are as
+    before after each answer. Spall 1992, for the form.
 
     states  the optimizer's state of each parameter
     lens    a rule's view of a point: the weights that stand in for theta (None: theta), and the point
@@ -270,7 +275,7 @@ class Oracle:
         return losses, slopes
 
 
-class Estimator:
+class Estimator(Part):
     """Estimates the gradient: the base class of estimators, which ask for losses and yield estimates.
 
         for estimate in estimator(oracle, plan): rule.update(plan.only(estimate.scope), ..., estimate)
@@ -279,7 +284,10 @@ class Estimator:
     a state_dict compares. Spall 1992, for the form.
 
         queries         draws of a step
-        state           what it learns: plain values and tensors that a resumed run continues with
+        state           what it learns: plain values and tensors that a resumed run continues with. Each
+                        object has its own, which is empty before a run
+        begin           sets `state` anew, in the copy that an optimizer takes. One that holds another
+                        estimator takes a copy of that there, by its fresh()
         lr              of an optimizer that is given none
         gain            of c over the slope along z, in expectation; None: c is no estimate of a slope
         settles         steps after which what it learns hardly depends on its start. zokern.tune reads as
@@ -293,7 +301,6 @@ class Estimator:
                         zokern.graph takes it. A subclass says it anew"""
 
     queries: int = 1
-    state: dict[str, Any]
     lr = SLOPES
     gain: float | None = None
     settles: int = 0

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,6 @@ class Bayesian(Estimator):
             whole_number("queries", queries, 1),
             whole_number("observations", observations, 1),
         )
-        self.state: dict[str, Any] = {}
 
     @property
     def settles(self) -> int:  # type: ignore[override]

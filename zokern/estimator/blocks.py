@@ -65,8 +65,9 @@ class Blockwise(Around):
            theta before one moves, and theta itself is read once
 
     Blocks have draws of their own, because z is named by the parameter. A step reads as many losses as
-    `inner` for each block. After a loss that is inf or NaN no further block moves. In Gauss-Seidel order
-    the blocks before it have moved already; in Jacobi order none has.
+    `inner` for each block. After a loss that is inf or NaN, or a closure that raises, no further block
+    moves. In Gauss-Seidel order the blocks before it have moved already, and the step has used its number. In
+    Jacobi order none has moved.
     Raises ValueError for another name of blocks or order. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
 
     def __init__(

@@ -6,7 +6,6 @@ c_k = <gradient, z_k>          g = (1 / q) sum_k c_k z_k          E[g] is the gr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from ..checks import finite_number, whole_number
 from ..plan import Plan
@@ -30,7 +29,6 @@ class ForwardGradient(Estimator):
     def __init__(self, queries: int = 1, clip: float | None = None) -> None:
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        self.state: dict[str, Any] = {}
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         draws = tuple(plan.draw(k) for k in range(self.queries))

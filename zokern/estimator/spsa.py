@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +87,6 @@ class Spsa(Estimator):
         self.queries = whole_number("queries", queries, 1, 2**24 - 1)
         self.stencil = resolve(stencil)
         self.clip = None if clip is None else finite_number("clip", clip, above=0.0)
-        self.state: dict[str, Any] = {}
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:
         """Yields one estimate."""

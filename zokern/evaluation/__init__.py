@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..part import Part
 from .auto import Auto
 from .base import THETA, Evaluation, NotRepeatable, Point, Record, Refused, point_of
 from .inplace import InPlace
@@ -19,7 +20,9 @@ ALIASES = {"walk": "inplace"}  # for one release
 
 
 def resolve(evaluation: str | Evaluation) -> Evaluation:
-    """Returns an evaluation from its name, or the evaluation itself."""
+    """Returns an evaluation from its name; of an evaluation a copy, as it is before a run.
+
+    One of another class than zokern's is returned itself."""
     if isinstance(evaluation, str):
         name = ALIASES.get(evaluation, evaluation)
         if name not in EVALUATIONS:
@@ -33,7 +36,7 @@ def resolve(evaluation: str | Evaluation) -> Evaluation:
             f"evaluation is {evaluation!r}; expected one of {sorted(EVALUATIONS)} or an Evaluation object, "
             f"which has {lacks} as well"
         )
-    return evaluation
+    return evaluation.fresh() if isinstance(evaluation, Part) else evaluation
 
 
 __all__ = [

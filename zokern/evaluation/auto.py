@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import gemm
 from ..parameters import is_compiled
+from ..part import Part
 from ..plan import Plan
 from ..warning import warn
 from .base import Point, Record, Refused
@@ -39,7 +40,7 @@ ROWS = (
 FACTORED = gemm.JOIN // 2  # the same where z is factored: up to there W is read once
 
 
-class Auto:
+class Auto(Part):
     """Chooses between zokern.Master, zokern.Paired and zokern.Scratch; the step's record says which ran,
     and why.
 
@@ -56,7 +57,13 @@ class Auto:
 
     def __init__(self, budget: int | None = None) -> None:
         self.ways: dict[str, Any] = {"paired": Paired(budget), "scratch": Scratch(budget), "master": Master()}
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was chosen, and takes copies of the ways as they are before a run."""
+        self.ways = {name: way.fresh() for name, way in self.ways.items()}
         self.jvp = Jvp()
+        self.differentiates = False  # whether the estimator asks for slopes
         self.order: list[str] = []  # ways that are left, the one in use first
         self.began = 0
         # first step: rows of the inputs, forwards, whether they are compiled; None once a way is chosen
@@ -82,7 +89,10 @@ class Auto:
 
     @property
     def defers(self) -> bool:
-        return bool(self.order) and self.ways[self.order[0]].defers
+        """Whether the way in use does. Where the estimator asks for slopes that is Jvp, which does not.
+
+        Then checks alone read losses, in other steps of a resumed run than of the run that it continues."""
+        return bool(self.order) and not self.differentiates and self.ways[self.order[0]].defers
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""
@@ -127,6 +137,7 @@ class Auto:
     ) -> tuple[Tensor, Tensor]:
         """Returns losses and slopes as Jvp reads them: there is one way. See Differentiates.slopes."""
         found = self.jvp.slopes(plan, words, closure)
+        self.differentiates = True
         self.record = replace(self.jvp.record, why="'jvp': the estimator asks for slopes")
         return found
 

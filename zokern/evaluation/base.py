@@ -16,10 +16,13 @@ WAY_OUT = "use evaluation='master'"
 
 
 class Point(NamedTuple):
-    """Where a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw (Group.reach).
+    """Names weights at which a loss is read: theta + eps sum_k amount_k z_k, with eps of each group and draw.
 
-    terms  pairs (draw, amount); without terms the point is theta itself. A draw is a draw word of this step,
-           or (step, draw word) of an earlier one. An amount is a number, or an Amount in device memory"""
+    terms  pairs (draw, amount); without terms the point is theta itself, zokern.THETA. A draw is a draw word
+           of this step, or (step, draw word) of an earlier one. An amount is a number without unit, or an
+           Amount in device memory
+
+    Raises ValueError, when it is read, for a draw of an earlier basis of a low-rank direction."""
 
     terms: tuple[tuple[Draw, float | Amount], ...] = ()
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..device_numbers import Amount, scalar
+from ..part import Part
 from ..plan import Plan
 from .base import THETA, Point, Record, distinct
 from .isolation import Isolation
 
 
-class InPlace:
+class InPlace(Part):
     """Reads the losses by moving the weights to each point and back by arithmetic, as the published loops
     do.
 
@@ -31,7 +32,6 @@ class InPlace:
 
     def __init__(self) -> None:
         self.record = Record(self.name)
-        self.state: dict[str, Any] = {}
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from ..backends import Batch, Outer, TensorList, Terms
 from ..fingerprint import announce
 from ..group import Group
+from ..part import Part
 from ..plan import Plan
 from ..underflow import Share, heads, moving
 from .base import Point, Record, distinct
@@ -30,7 +30,7 @@ from .factors import Factors
 from .isolation import Isolation
 
 
-class Master:
+class Master(Part):
     """Reads the losses with the parameters themselves moved, and puts their bits back from a copy: right
     for any model.
 
@@ -48,9 +48,12 @@ class Master:
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"Master: rounding is {rounding!r}; expected 'nearest' or 'stochastic'")
         self.rounding = rounding
-        self.record = Record(self.name)
-        self.state: dict[str, Any] = {}
-        self.said = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was said and recorded."""
+        super().begin()
+        self.record, self.said = Record(self.name), False
 
     def losses(self, plan: Plan, points: Sequence[Point], closure: Callable[[], object]) -> Tensor:
         """Returns the losses at the points, float64 [len(points)]; see Evaluation.losses."""

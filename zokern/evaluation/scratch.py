@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..parameters import is_compiled
+from ..part import Part
 from ..plan import Plan
 from . import exchange
 from .arena import Arena
@@ -37,7 +38,7 @@ MIB = 1 << 20
 SETS = 3  # of trained parameters: torch makes 8 graphs of a function, and then none
 
 
-class Scratch:
+class Scratch(Part):
     """Reads one point after another, from perturbed copies of the weights within a fixed budget of
     memory.
 
@@ -63,10 +64,13 @@ class Scratch:
                 f"{type(self).__name__}: budget is {budget!r} bytes; expected an integer, at least {MIB} (1 "
                 "MB), or None"
             )
-        self.arena = Arena(budget)
-        self.trust = Trust(check)
-        self.record = Record(self.name)
-        self.state: dict[str, Any] = {}
+        self.budget, self.check = budget, check
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was compared and compiled, and takes memory of its own."""
+        super().begin()
+        self.arena, self.trust, self.record = Arena(self.budget), Trust(self.check), Record(self.name)
         self.why = ""  # what torch.compile made runs as Python; empty: it does not
         self.trained: set[tuple[str, ...]] = set()  # sets of parameters for which graphs were made
 

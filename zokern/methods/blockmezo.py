@@ -18,7 +18,8 @@ class BlockMeZO(ZerothOrder):
 
     Use it where updates cost more than forwards: the variance is that of a block's dimension, for B times the
     losses of MeZO. With B blocks it reads 2 q B losses a step, in Jacobi order with 'forward' q B + 1. It
-    keeps nothing.
+    keeps nothing. Where the closure raises in Gauss-Seidel order, the blocks before have moved, and the step
+    has used its number.
 
     params   a module, or parameters, (name, parameter) pairs or groups, as for zokern.MeZO
     lr, eps  per step and in weights. None: lr 2e-5. ZO-Bench's example: lr 1e-8, eps 1e-3

@@ -51,7 +51,7 @@ class Hybrid(ZerothOrder):
         trained = {e.name: e.tensor for group in self.work.entries for e in group if e.tensor.requires_grad}
         chosen, _ = Split(_chosen(self.work.known(), first_order), estimator).parts(trained)
         self.first_order = (ADAMW if optimizer is None else optimizer)([trained[name] for name in chosen])
-        self.estimator = Split(chosen, estimator, self.first_order)
+        self.estimator = Split(chosen, estimator, self.first_order).fresh()
 
 
 def _chosen(known: dict[str, Any], wanted: Any) -> set[str]:

@@ -3,11 +3,12 @@
 While U and V of a basis stay, updates are summed in its small space (Matrix.pending) and W is not written;
 the last step of an interval writes it. Meanwhile W lacks them, so other readers flush first: a forward,
 state_dict or load_state_dict of the module or of a module in it, state_dict of the optimizer, and a step of
-another optimizer on the same modules do so by themselves.
+another optimizer on the same modules do so by themselves. So does the end of the optimizer.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import Noise
 from ..evaluation import THETA, Evaluation, Master
@@ -26,6 +28,7 @@ from ..fingerprint import memory_of
 from ..group import Group
 from ..modules import Tree
 from ..plan import Plan, Run
+from ..warning import warn
 from .bases import Bases
 from .low_bits import LowBits
 
@@ -48,9 +51,9 @@ class Deferred:
     def __init__(
         self, run: Run, bases: Bases, low_bits: LowBits, lock: threading.Lock, wanted: bool | None
     ) -> None:
+        self.run, self.bases, self.low_bits, self.lock, self.wanted = run, bases, low_bits, lock, wanted
         if wanted is not None and not isinstance(wanted, bool):
             raise ValueError(f"defer is {wanted!r}; expected True, False or None")
-        self.run, self.bases, self.low_bits, self.lock, self.wanted = run, bases, low_bits, lock, wanted
         self.model: nn.Module | None = None
         self._hook = _Flush(self)
         self.groups: list[Group] = []
@@ -61,6 +64,20 @@ class Deferred:
         self._registers: tuple[Any, ...] = ()
         self._numbers: tuple[int, ...] = ()
         self._left: tuple[Group, ...] = ()  # earlier groups, with updates of parameters that are frozen now
+
+    def __del__(self) -> None:
+        """Writes the deferred updates when the optimizer is gone, because nothing could write them later.
+
+        The modules' hooks have weak references. With strong ones an edit of the weights would have every
+        later forward raise, and no optimizer could discard(). An optimizer in a cycle of references is
+        collected at any moment, as within a compilation. Warns where the updates cannot be written."""
+        if sys.is_finalizing() or not self.pending:
+            return
+        try:
+            with _disable_current_modes():
+                self.flush()
+        except Exception as problem:
+            warn(f"an optimizer is gone, and updates that it had deferred are lost: {problem}")
 
     @property
     def pending(self) -> bool:

@@ -73,7 +73,8 @@ def rule_of(given: Any) -> Rule:
 
 
 def estimator_of(given: Estimator | None, queries: int | None, stencil: str | Stencil | None) -> Estimator:
-    """Returns the estimator; without one, SPSA with the queries and the stencil."""
+    """Returns a copy of the estimator, as it is before a run; without one, SPSA with the queries and the
+    stencil."""
     if given is None:
         return Spsa(1 if queries is None else queries, "central" if stencil is None else stencil)
     for name, value in (("queries", queries), ("stencil", stencil)):
@@ -86,7 +87,7 @@ def estimator_of(given: Estimator | None, queries: int | None, stencil: str | St
         raise TypeError(
             f"estimator is {given!r}; expected None, zokern.Spsa() or another zokern.Estimator object"
         )
-    return given
+    return given.fresh()
 
 
 def default_lr(rule: Rule, estimator: Estimator) -> float:

@@ -367,10 +367,10 @@ class ZerothOrder(torch.optim.Optimizer):
         rounding.
 
         A forward (outside a step), state_dict and load_state_dict of the module and of every module in it do
-        this by themselves; reading a parameter directly, a copy or a pickle of the module does not. It adds a
-        rounding of W: a run that was flushed, or saved, within an interval is equal to rounding to one that
-        was not, and has the bits of one that resumed from there. Raises RuntimeError if the weights were
-        written in between, or inside evaluating()."""
+        this by themselves, and so does the end of the optimizer. Reading a parameter directly, or a pickle of
+        the module, does not. A flush adds a rounding of W: a run that was flushed, or saved, within an
+        interval is equal to rounding to one that was not, and has the bits of one that resumed from there.
+        Raises RuntimeError if the weights were written in between, or inside evaluating()."""
         self.deferred.flush()
 
     def discard(self) -> None:
