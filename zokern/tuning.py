@@ -256,7 +256,7 @@ def tune(
     lr, bound = min(free, most), reach if most < free else None
     error = statistics.stdev(probe.fall for probe in found) / math.sqrt(len(found)) / fall
     old = own[0], float(optimizer.param_groups[0]["lr"])
-    taken = share * lr / free
+    taken = share if bound is None else share * lr / free
     return Tuning(eps, lr, old, tuple(widths), loss, fall, error, taken, bound, len(found), oracle.read)
 
 

@@ -45,19 +45,24 @@ CLAIMS = (
 def ratios(groups: Iterable[Group], claim: Claim) -> tuple[list[float], int]:
     """Returns the method's amount over MeZO's for each model and set, and how many runs are lower bounds.
 
-    MeZO's amount is all that it takes. The method's is what it takes to the loss which MeZO's seeds end with,
-    on average; a run that does not get there counts with all that it took. The mean over seeds is geometric.
-    Times of several machines are not compared."""
+    An amount is what a run takes to the loss which MeZO's seeds end with, on average; all that it takes, if
+    it does not get there. The mean over seeds is geometric. Lower bounds are such runs of the method, beyond
+    those of MeZO. Times of several machines are not compared."""
     found, bounds = [], 0
     for group in groups:
         base, runs = group.runs.get(BASE), group.runs.get(claim.method)
         if group.target is None or not base or not runs or (claim.axis == TIME and group.limit is None):
             continue
-        whole = statistics.fmean(row["points"][-1][claim.axis] for row in base)
-        parts = [crossing(row, claim.axis, group.target) for row in runs]
-        bounds += parts.count(None)
-        amounts = [row["points"][-1][claim.axis] if part is None else part for part, row in zip(parts, runs)]
-        found.append(statistics.geometric_mean(amount / whole for amount in amounts))
+        amounts, missed = {}, {}
+        for name, rows in ((BASE, base), (claim.method, runs)):
+            parts = [crossing(row, claim.axis, group.target) for row in rows]
+            ends = [row["points"][-1][claim.axis] for row in rows]
+            missed[name] = parts.count(None)
+            amounts[name] = statistics.geometric_mean(
+                end if part is None else part for part, end in zip(parts, ends)
+            )
+        bounds += max(0, missed[claim.method] - missed[BASE])
+        found.append(amounts[claim.method] / amounts[BASE])
     return found, bounds
 
 
@@ -202,13 +207,17 @@ def overall(groups: Sequence[Group]) -> dict[str, Mean]:
 
 def start_with(groups: Sequence[Group]) -> str:
     """Returns which method to start with: those whose fall is told apart from MeZO's, larger over all models
-    and sets or in one, and smaller in none."""
+    and sets or in one, and smaller in none. All of these comparisons are one family."""
     useful = [group for group in groups if learned(group)]
-    above = {name for group in useful for name in sides(group.against)[0]} | {*sides(overall(useful))[0]}
-    below = {name for group in groups for name in (*sides(group.against)[1], *harmed(group))}
-    where = {
-        name: [group.name for group in useful if name in sides(group.against)[0]] for name in above - below
-    }
+    tables = {group.name: group.against for group in useful} | {"over all": overall(useful)}
+    apart = told_apart({(at, name): one for at, table in tables.items() for name, one in table.items()})
+    below = {name for at, name in apart if tables[at][name].value < 0}
+    below |= {name for group in groups for name in harmed(group)}
+    where: dict[str, list[str]] = {}
+    for at, table in tables.items():
+        for name in table:
+            if (at, name) in apart and name not in below:
+                where.setdefault(name, []).append(at)
     if not where:
         return (
             f"**No choice of method is supported by these rows: start with {BASE}.** Spend the forwards on "
@@ -216,5 +225,5 @@ def start_with(groups: Sequence[Group]) -> str:
             "does."
         )
     best = sorted(where, key=lambda name: (-len(where[name]), name))
-    named = "; ".join(f"{name} ({'; '.join(where[name]) or 'over all'})" for name in best)
+    named = "; ".join(f"{name} ({'; '.join(where[name])})" for name in best)
     return f"**Start with {BASE} or one of these, whose fall of the loss is told apart as larger: {named}.**"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from scipy import optimize, special, stats
 
+Key = TypeVar("Key")
 LEVEL = 0.05  # chance of an error: intervals are of 1 - LEVEL
 LEAST = 1e-5  # of the median variance: seeds that agree by chance have at least this one
 
@@ -59,7 +60,7 @@ def prior(variances: Sequence[float], freedoms: Sequence[int]) -> tuple[float, f
     excess = statistics.variance(logs) - statistics.fmean(
         float(special.polygamma(1, d / 2)) for d in freedoms
     )
-    if excess <= 0:
+    if excess <= 2e-6:  # trigamma(1e6), the end of the search below
         return math.exp(statistics.fmean(logs)), math.inf
     half = float(optimize.brentq(lambda x: float(special.polygamma(1, x)) - excess, 1e-6, 1e6))
     return math.exp(statistics.fmean(logs) + float(special.digamma(half)) - math.log(half)), 2 * half
@@ -91,10 +92,10 @@ def moderated(values: Mapping[str, Sequence[float]]) -> dict[str, Mean]:
     return result
 
 
-def told_apart(means: Mapping[str, Mean]) -> set[str]:
-    """Returns the methods whose mean is told apart from 0, where all of them are looked at: the chance that
-    one is named wrongly is at most LEVEL. Holm 1979."""
-    found: set[str] = set()
+def told_apart(means: Mapping[Key, Mean]) -> set[Key]:
+    """Returns those whose mean is told apart from 0, where all of them are looked at: the chance that one is
+    named wrongly is at most LEVEL, if their chances are right. Holm 1979."""
+    found: set[Key] = set()
     for rank, (name, one) in enumerate(sorted(means.items(), key=lambda item: item[1].p)):
         if one.p > LEVEL / (len(means) - rank):
             break

@@ -239,6 +239,8 @@ def check_ratios(function) -> None:
     found, bounds = function(many(MeZO=(LINE, FALL), PGAP=(LINE, [1.0, 0.9, 0.8, 0.7, 0.65])), CLAIMS[0])
     assert found == pytest.approx([1.0] * 4) and bounds == 12
     assert function(many(MeZO=(LINE, FALL), LOZO=(LINE, QUICK)), CLAIMS[0]) == ([], 0)
+    turns = (LINE, [1.0, 0.8, 0.7, 0.72, 0.75])  # it is at its end's loss before its end
+    assert function(many(MeZO=turns, PGAP=turns), CLAIMS[0]) == (pytest.approx([1.0] * 4), 0)
     assert function(many(PGAP=(LINE, QUICK)), CLAIMS[0]) == ([], 0)
     timed = many(MeZO=(LINE, FALL), KerZOO=(LINE, QUICK))
     assert function(timed, CLAIMS[1])[0] == pytest.approx([0.25] * 4)
@@ -250,7 +252,9 @@ def check_start_with(function) -> None:
     better, good, bad = ending(0.5), ending(0.55), ending(0.7)
     text = function(apart(MeZO=(LINE, good), SubZero=(LINE, better), PGAP=(LINE, bad)))
     assert "Start with MeZO or one of these" in text and "PGAP" not in text
-    assert "SubZero (MiniLM, news; MiniLM, reviews; SmolLM2-135M, news; SmolLM2-135M, reviews)" in text
+    assert (
+        "SubZero (MiniLM, news; MiniLM, reviews; SmolLM2-135M, news; SmolLM2-135M, reviews; over all)" in text
+    )
     sides = [apart(MeZO=(LINE, good), SubZero=(LINE, ending(0.55 + side))) for side in (0.004, -0.004)]
     alike = function([*sides[0][:2], *sides[1][2:]])
     assert "No choice of method is supported by these rows: start with MeZO" in alike

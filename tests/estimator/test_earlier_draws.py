@@ -144,3 +144,22 @@ def test_a_guide_keeps_nothing_of_a_step_that_back_propagation_skips() -> None:
             first_order = (lambda params=params: loss(params) * math.nan) if "lr" not in changes else None
             result = zokern.step(optimizer, lambda params=params: loss(params) * 1e3, first_order)
             assert result.skipped and optimizer.estimator.state == kept
+
+
+def check_jacobi(inner: Any) -> None:
+    """No block has moved when the next is read, so what is kept of a move is not known."""
+    with pytest.raises(ValueError, match="order is 'jacobi' with .*asks whether its last estimate moved"):
+        zokern.Blockwise(inner, order="jacobi")
+    assert zokern.Blockwise(inner).follows
+
+
+class Unseen(Guided):
+    """Asks, and does not say so."""
+
+    follows = False
+
+
+def test_guided_is_refused_in_jacobi_order() -> None:
+    check_jacobi(Guided())
+    with pytest.raises(pytest.fail.Exception):
+        check_jacobi(Unseen())

@@ -115,8 +115,9 @@ def stop_after(monkeypatch, steps: int) -> None:
         ["--method", "SubZero", "--set", "rank=4", "interval=3", "--eval-every", "1"],
         ["--schedule", "linear", "--task", "text", "--dtype", "bfloat16"],
         ["--lora", "2", "--lr", "auto", *WORDS],
+        ["--method", "ZOMuon", "--lr", "auto", *WORDS],
     ],
-    ids=["words", "subzero head", "linear text", "lora words"],
+    ids=["words", "subzero head", "linear text", "lora words", "muon words"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(place, tmp_path, monkeypatch, capsys, more):
     if "--lora" in more:

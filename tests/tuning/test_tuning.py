@@ -113,6 +113,14 @@ def test_sound_reach() -> None:
     check_sound_reach(tune)
 
 
+def test_a_loss_of_zero_gives_an_lr_of_zero() -> None:
+    """There is nothing to take a share of."""
+    model = Loss(base=0.0)
+    torch.nn.init.zeros_(model.w)
+    found = tune(zokern.MeZO(model, lr=1.0), model)
+    assert found.lr == 0.0 and found.share == 0.02 and found.reach is None
+
+
 def test_eps() -> None:
     check_eps(tune)
 

@@ -100,8 +100,8 @@ class _Counted(Jvp):
 def cost(name: str) -> Cost:
     """Measures a method at its defaults on two matrices.
 
-    The second step is counted. Of a method with an interval the third and the fourth step are, at an interval
-    of 2 steps: the first one of an interval, and another."""
+    Counts the second step. A method with an interval gets one of 2 steps, and the third and fourth steps are
+    counted: the first of an interval, and another."""
     model = torch.nn.Sequential(*[torch.nn.Linear(SIZE, SIZE, bias=False, device="cpu") for _ in range(2)])
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator("cpu").manual_seed(0))

@@ -54,6 +54,10 @@ class Around(Estimator):
         self.queries = self.inner.queries
 
     @property
+    def follows(self) -> bool:  # type: ignore[override]
+        return self.inner.follows
+
+    @property
     def state(self) -> dict[str, Any]:
         """What the inner estimator learns."""
         return self.inner.state

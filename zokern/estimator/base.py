@@ -109,7 +109,8 @@ class Oracle:
     rows    whether the estimator asks for the losses of examples alone, as zokern.Private: then no other
             part reads losses, which would move the weights by numbers without noise
     asked   the last question
-    answers  losses and slopes that the next estimate is made of. Where one is inf or NaN, the step is
+    answers
+            losses and slopes that the next estimate is made of. Where one is inf or NaN, the step is
             skipped, whatever the estimator makes of it. The losses of examples alone are not among them:
             their estimator bounds what one of them can do
     finite  of the last estimate: 1.0 where its numbers were finite, so that weights moved, or 0.0, 0-d; None:
@@ -177,7 +178,9 @@ class Oracle:
         return found
 
     def moved(self) -> bool:
-        """Returns whether weights moved by the last estimate. The host waits for the device."""
+        """Returns whether weights moved by the last estimate. The host waits for the device.
+
+        An estimator that asks it has `follows`, since in Blockwise's Jacobi order nothing has moved yet."""
         return self.finite is not None and bool(self.finite == 1.0)
 
     def again(self) -> tuple[float, float]:
@@ -290,8 +293,10 @@ class Estimator(Part):
                         estimator takes a copy of that there, by its fresh()
         lr              of an optimizer that is given none
         gain            of c over the slope along z, in expectation; None: c is no estimate of a slope
-        settles         steps after which what it learns hardly depends on its start. zokern.tune reads as
-                        many before it tells lr
+        settles         steps after which what it learns hardly depends on its start. zokern.tune leaves out
+                        as many probes
+        follows         whether it asks, after an estimate, if the weights moved (Oracle.moved). Blockwise
+                        refuses it in Jacobi order, where all blocks are read before one moves
         rows            True where it asks for the losses of examples alone (Oracle.examples)
         backpropagates  True where its estimates have a gradient. It then has forwards(oracle, plan), which
                         yields the estimates without it, for zokern.tune
@@ -304,7 +309,7 @@ class Estimator(Part):
     lr = SLOPES
     gain: float | None = None
     settles: int = 0
-    rows = backpropagates = captures = False
+    rows = backpropagates = captures = follows = False
     perturbs = shards = True
 
     def __call__(self, oracle: Oracle, plan: Plan) -> Iterator[Estimate]:

@@ -68,7 +68,8 @@ class Blockwise(Around):
     `inner` for each block. After a loss that is inf or NaN, or a closure that raises, no further block
     moves. In Gauss-Seidel order the blocks before it have moved already, and the step has used its number. In
     Jacobi order none has moved.
-    Raises ValueError for another name of blocks or order. Zhang et al. 2024 (ZO-Bench, arXiv 2402.11592)."""
+    Raises ValueError for another name of blocks or order, and for zokern.Guided in Jacobi order. Zhang et al.
+    2024 (ZO-Bench, arXiv 2402.11592)."""
 
     def __init__(
         self, inner: Estimator | None = None, block: str | Callable[[str], str] = "layer",
@@ -82,6 +83,11 @@ class Blockwise(Around):
             )
         if order not in ORDERS:
             raise ValueError(f"order is {order!r}; expected one of {list(ORDERS)}")
+        if order == "jacobi" and self.follows:
+            raise ValueError(
+                f"order is 'jacobi' with {type(self.inner).__name__}, which asks whether its last estimate "
+                "moved the weights: no block has moved when the next is read. Use order='gauss-seidel'"
+            )
         self.block, self.order = block if callable(block) else BLOCKS[block], order
 
     @property

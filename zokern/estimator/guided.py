@@ -38,6 +38,8 @@ class Guided(Spsa):
     the step before.
     Raises ValueError for arguments out of range. arXiv 2601.04710, 2026."""
 
+    follows = True
+
     def __init__(self, norm: str = "matched", clip: float | None = None) -> None:
         super().__init__(1, "central", clip)
         if norm not in NORMS:

@@ -52,7 +52,7 @@ class Scratch(Part):
     What torch.compile made stays compiled (docs/internals.md).
     Raises ValueError for a budget out of range. A step raises zokern.Refused where a use cannot be
     followed, as in TorchScript modules and for parameters of a class of their own. An exception that 'master'
-    meets too is the closure's own, and is raised as it is."""
+    meets too is the closure's own, and is raised as it is; the closure runs once or twice more to tell."""
 
     name, defers, exact, stands_in = "scratch", True, True, True
     sides = 1  # points that are read in one pass

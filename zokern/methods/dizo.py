@@ -31,7 +31,7 @@ class DiZO(ZerothOrder):
     interval    steps between two projections: 50
     iterations  of a search, two losses each: 10, as published
     rate        of a search, in weights per unit of loss: 2.0, as published
-    width       of its differences, of t f in weights: 0.1, as published
+    width       half-width of the differences in gamma = t f, in weights: 0.1, as published
     reach       how far f goes from 1 per search: 0.2, as published
     options     those of zokern.MeZO; evaluation is 'auto' by default
 

@@ -121,7 +121,7 @@ def check_group(options: dict[str, Any]) -> None:
 
 
 def keep_lr(given: dict[str, Any], tensors: Iterable[Tensor], rule: Rule, factored: LowRank | None) -> None:
-    """Notes in a new group that its lr is meant as it is: it has one of its own, and no matrix.
+    """Sets `share` to 1 in a new group that has its own lr and no matrix, so that this lr is used unscaled.
 
     given  what the group was given, to which `share` is added (zokern.Rule)"""
     if rule.share != 1.0 and "lr" in given and factored is not None and not any(map(factored.shape, tensors)):

@@ -54,8 +54,8 @@ class Muon(Rule):
 
     power  None: O = msign(M), by five Newton-Schulz iterations (ZO-Muon). k: the leading k directions of
            M, at most the rank, by power iteration (ZO-MOPI)
-    beta   of M, 0 <= beta < 1: M <- beta M + (1 - beta) g, and M = g in a matrix' first update. 0 by
-           default: M is the step's estimate
+    beta   of M, 0 <= beta < 1: M <- beta M + (1 - beta) g, and M = g in a matrix' first update, which
+           a skipped step may be. 0 by default: M is the step's estimate
     carry  True: at a new basis M is carried over to it. False: its numbers stay as they are, as in
            ZO-MOPI's code
     share  parameters that are not matrices move by SGD, with an lr of `share` times their group's

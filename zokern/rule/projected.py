@@ -52,7 +52,7 @@ class Projected(Sgd):
     interval    steps between two projections: 50. Step 0 has none
     iterations  of a search: 10, of two losses each
     rate        of a search, in weights per unit of loss: 2.0, as published
-    width       half-width of its differences, of t f in weights: 0.1, as published
+    width       half-width of the differences in gamma = t f, in weights: 0.1, as published
     reach       f stays within 1 - reach and 1 + reach, per search: 0.2, as published. f - width z / t and
                 f + width z / t stay within `reach` of f
 

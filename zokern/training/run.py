@@ -43,6 +43,7 @@ class Run:
         say: Say,
     ) -> None:  # fmt: skip
         self.options, self.model, self.task, self.held_out, self.say = options, model, task, held_out, say
+        self.given = {"lr": options.lr, "eps": options.eps}
         self.folder, self.device = Path(options.output), torch.device(options.device)
         self.batches = Batches(rows, options.batch_size, options.seed)
         given = {"lr": None if options.lr == "auto" else options.lr, "eps": options.eps}
@@ -51,10 +52,14 @@ class Run:
             given["evaluation"] = options.evaluation
         make: Any = methods.METHODS[options.method]
         self.optimizer = make(model, seed=options.seed, **given, **dict(options.set))
-        if options.lr == "auto":
+        if options.lr == "auto" and not options.resume:
             self._tune()
+        self._note()
+
+    def _note(self) -> None:
+        """Sets lr and eps of the options to those of the optimizer."""
         group = self.optimizer.param_groups[0]
-        options.lr, options.eps = float(group["lr"]), float(group["eps"])
+        self.options.lr, self.options.eps = float(group["lr"]), float(group["eps"])
 
     def _tune(self) -> None:
         """Sets lr and eps as zokern.tune finds them on the first batches."""
@@ -80,6 +85,7 @@ class Run:
             "weights": {name: p.detach() for name, p in self.trained().items()},
             "optimizer": state,
             "options": plain(self.options),
+            "given": self.given,
         }
         replace(self.folder / CHECKPOINT, lambda path: torch.save(kept, path))
 
@@ -90,6 +96,7 @@ class Run:
             for name, value in kept["weights"].items():
                 trained[name].copy_(value)
         self.optimizer.load_state_dict(kept["optimizer"])
+        self._note()
         lines = [line for line in entries(self.folder / LOG) if line["step"] <= self.optimizer.steps]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         replace(self.folder / LOG, lambda path: path.write_text(text))
@@ -162,6 +169,9 @@ def checkpoint(options: Namespace) -> dict[str, Any] | None:
         )
     kept = torch.load(path, map_location="cpu", weights_only=True)
     _compare(options, kept["options"])
+    # the optimizer is made as it was: what a rule derives from lr is that of the first one
+    given = kept.get("given", kept["options"])
+    options.lr, options.eps = given["lr"], given["eps"]
     return kept
 
 
@@ -180,7 +190,6 @@ def _compare(options: Namespace, old: dict[str, Any]) -> None:
                 f"--{name.replace('_', '-')} is {new.get(name)!r}, and the run was begun with "
                 f"{old.get(name)!r}; a resumed run keeps it. Begin another one in another --output"
             )
-    options.lr, options.eps = old["lr"], old["eps"]
 
 
 def plain(options: Namespace) -> dict[str, Any]:
