@@ -109,19 +109,19 @@ class Sequential(Lazy):
     """LOZO's reference: the perturbation of a step that draws V
     cuts V and then U from the step's stream, its update U alone."""
 
-    fresh = False
+    renewed = False
 
     def refresh(self, matrices, source, step: int) -> None:
         super().refresh(matrices, source, step)
-        self.fresh = True
+        self.renewed = True
 
     def draws(self, matrices, source, step: int, draw: int) -> list[Tensor]:
         stream, drawn = torch.Generator().manual_seed(step), []
         for m in matrices:
-            if self.fresh:
+            if self.renewed:
                 m.right = torch.randn(m.columns, m.rank, generator=stream)
             drawn.append(torch.randn(m.rows, m.rank, generator=stream))
-        self.fresh = False
+        self.renewed = False
         return drawn
 
 
@@ -195,7 +195,8 @@ def run(name: str, threads: int, losses: Sequence[float], **options) -> tuple[di
     torch.set_num_threads(threads)
     try:
         model = build(lambda: nn.ParameterList([nn.Parameter(torch.randn(shape) * 0.1) for shape in SHAPES]))
-        optimizer = METHODS[name](model, seed=7, **{"weight_decay": 0.1, **given_alone(), **options})
+        decay = {} if name == "zoconservative" else {"weight_decay": 0.1}  # which it refuses
+        optimizer = METHODS[name](model, seed=7, **decay, **given_alone(), **options)
         numbers = iter(losses)
         for _ in range(5):
             zokern.step(optimizer, lambda: (sum((p + 0).sum() for p in model) * 0).item() + next(numbers))

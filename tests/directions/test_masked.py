@@ -181,10 +181,13 @@ def test_every_evaluation_reads_the_same_points(dtype: torch.dtype, rounding: st
         )
 
 
-def test_products_of_the_kernel_are_not_taken() -> None:
-    """The fused product makes z itself and knows no factors."""
+def test_products_of_the_kernel_are_not_taken(monkeypatch) -> None:
+    """The fused product makes z itself and knows no factors. Here it is as on a processor where it is the
+    faster one."""
     from zokern.backends import get
+    from zokern.gemm import library
 
+    monkeypatch.setattr(library, "yields", lambda dtype: True)
     model, ids = large(torch.float32), torch.arange(15).view(3, 5)
     with patch.object(type(get("cpu")), "linear", side_effect=AssertionError("taken")) as fused:
         zokern.step(
@@ -192,7 +195,7 @@ def test_products_of_the_kernel_are_not_taken() -> None:
             lambda: next_token_loss(model(ids), ids),
         )
         assert not fused.called
-        with pytest.raises(AssertionError, match="taken"):
+        with pytest.raises(zokern.Refused, match="taken"):
             zokern.step(
                 zokern.MeZO(model, eps=1e-2, evaluation=zokern.Scratch(1 << 20)),
                 lambda: next_token_loss(model(ids), ids),

@@ -79,11 +79,12 @@ def check(
     last    the last place that is looked at
     learns  whether the estimator may keep something of such a step
     late    whether the host knows no number, as on a GPU"""
-    params, reads = weights(), evaluation()
+    params = weights()
     optimizer = zokern.MeZO(
         params.items(), lr=1e-3, eps=1e-2, weight_decay=decay, estimator=make(), rule=rule(),
-        evaluation=reads, paired_check=None, max_skips=None, **options
+        evaluation=evaluation(), paired_check=None, max_skips=None, **options
     )  # fmt: skip
+    reads = optimizer.evaluation
     # updates are counted in every step
     without = ("updates", *(("anchor",) if learns else ()))
 
@@ -163,10 +164,11 @@ def test_steps_that_are_skipped_stop_a_run() -> None:
 @pytest.mark.parametrize("value", VALUES)
 def test_an_anchor_with_a_flaw_is_not_used(clip: float | None, value: float) -> None:
     """Where the host does not know of it: the step after it is skipped, too."""
-    params, reads = weights(), Spoilt()
+    params = weights()
     optimizer = zokern.MeZO(
-        params.items(), lr=1e-3, estimator=zokern.Anchored(clip=clip), evaluation=reads, paired_check=None
+        params.items(), lr=1e-3, estimator=zokern.Anchored(clip=clip), evaluation=Spoilt(), paired_check=None
     )
+    reads = optimizer.evaluation
     with patch.object(Plan, "knows", lambda *_: False):
         zokern.step(optimizer, lambda: loss(params))
         zokern.step(optimizer, lambda: loss(params))

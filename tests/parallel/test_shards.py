@@ -52,9 +52,10 @@ def alone() -> Callable[[str, str], dict[str, Any]]:
 
     def train(way: str, method: str) -> dict[str, Any]:
         kind = sharded.Layers if way in sharded.LAYERS else sharded.Gathered
-        if (method, kind) not in known:
-            known[method, kind] = sharded.reference(method, kind)
-        return known[method, kind]
+        coarse = way in sharded.COARSE
+        if (method, kind, coarse) not in known:
+            known[method, kind, coarse] = sharded.reference(method, kind, coarse=coarse)
+        return known[method, kind, coarse]
 
     return train
 

@@ -123,12 +123,14 @@ def check_mean(cost, names=tuple(methods.METHODS)) -> None:
 def _tiny(name: str, options: tuple, steps: int) -> list[int]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(8, 8, bias=False) for _ in range(2)])
-    evaluation, x, counts = cli_methods._Counted(), torch.ones(1, 8), list[int]()
-    optimizer = methods.METHODS[name](model, evaluation=evaluation, paired_check=0, **dict(options))
+    x, counts = torch.ones(1, 8), list[int]()
+    optimizer = methods.METHODS[name](
+        model, evaluation=cli_methods._Counted(), paired_check=0, **dict(options)
+    )
     for _ in range(steps):
-        evaluation.asked = 0
+        optimizer.evaluation.asked = 0
         result = zokern.step(optimizer, lambda: model(x).square().mean(1))
-        counts.append(evaluation.asked + (result.first_order_loss is not None))
+        counts.append(optimizer.evaluation.asked + (result.first_order_loss is not None))
     return counts
 
 

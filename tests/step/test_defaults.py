@@ -230,7 +230,7 @@ def stepped(rule, factored) -> Iterator[Any]:
 
 def estimated() -> Iterator[Any]:
     """What every estimator makes of losses that are a function of the points."""
-    group = Group(["a"], [data(12, 10)], [Span(0)], None, 1e-3, {"lr": 0.1}, get("cpu"))
+    group = Group(["a"], [data(12, 10)], [Span(0)], None, 1e-3, {"lr": 0.1, "weight_decay": 0.0}, get("cpu"))
     plan = Plan([group], Normal(), 3, 4, "nearest", Tree([]))
 
     class Given:

@@ -18,7 +18,7 @@ HOME = str(Path(zokern.__file__).parent)
 MOST = {
     ("MeZO", "master"): 380, ("MeZO", "inplace"): 390, ("MeZO", "scratch"): 400, ("MeZO", "paired"): 345,
     ("SubZero", "scratch"): 520, ("SubZero", "paired"): 445,
-    ("LOZO", "paired"): 460, ("TeZO", "paired"): 445,
+    ("LOZO", "paired"): 460, ("TeZO", "paired"): 450,
 }  # fmt: skip
 
 
@@ -58,8 +58,8 @@ def test_calls_do_not_grow_with_layers(method: str, way: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("way", [zokern.Scratch, zokern.Paired])
 def test_calls_do_not_grow_with_matrices_that_are_made_at_their_use(way: type) -> None:
-    """A tile of rows is a few calls, and how many rows of a product are exact depends on the processor: 545
-    calls on one, 574 on another."""
+    """It depends on the processor which products torch computes, tile by tile: 545 calls on one, 574 on
+    another."""
     check_calls(lambda m: zokern.MeZO(m, lr=1e-4, evaluation=way(budget=1 << 20)), 600, width=260)
 
 

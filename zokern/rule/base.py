@@ -78,8 +78,8 @@ class Rule:
         """Returns the lr of a group's dense parameters, over that of the group.
 
         Raises ValueError where the share is not known, and lr is not 0."""
-        share, lr = group.options.get("share", self.share), group.options["lr"]
-        if share is None and lr:
+        share = group.options.get("share", self.share)
+        if share is None and (lr := group.options["lr"]):
             raise ValueError(
                 f"lr is {lr!r} in the group of {group.names[0]!r}, and was 0 when the optimizer was made: "
                 "dense_lr has no ratio to that. Expected an optimizer made with the lr of the run; "
