@@ -54,12 +54,8 @@ class Run:
         self.optimizer = make(model, seed=options.seed, **given, **dict(options.set))
         if options.lr == "auto" and not options.resume:
             self._tune()
-        self._note()
-
-    def _note(self) -> None:
-        """Sets lr and eps of the options to those of the optimizer."""
         group = self.optimizer.param_groups[0]
-        self.options.lr, self.options.eps = float(group["lr"]), float(group["eps"])
+        options.lr, options.eps = float(group["lr"]), float(group["eps"])
 
     def _tune(self) -> None:
         """Sets lr and eps as zokern.tune finds them on the first batches."""
@@ -96,7 +92,8 @@ class Run:
             for name, value in kept["weights"].items():
                 trained[name].copy_(value)
         self.optimizer.load_state_dict(kept["optimizer"])
-        self._note()
+        # of the whole run, and not of the step, which a schedule scales
+        self.options.lr, self.options.eps = kept["options"]["lr"], kept["options"]["eps"]
         lines = [line for line in entries(self.folder / LOG) if line["step"] <= self.optimizer.steps]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         replace(self.folder / LOG, lambda path: path.write_text(text))
