@@ -51,7 +51,9 @@ def ratios(groups: Iterable[Group], claim: Claim) -> tuple[list[float], int]:
     found, bounds = [], 0
     for group in groups:
         base, runs = group.runs.get(BASE), group.runs.get(claim.method)
-        if group.target is None or not base or not runs or (claim.axis == TIME and group.limit is None):
+        if group.target is None or not base or not runs:
+            continue
+        if claim.axis == TIME and claim.method not in group.time:
             continue
         amounts, missed = {}, {}
         for name, rows in ((BASE, base), (claim.method, runs)):

@@ -21,7 +21,7 @@ from .claims import (
     statement,
     with_gradients,
 )
-from .order import MODELS, SEEDS, SETS, Run, order
+from .order import BASE, MODELS, SEEDS, SETS, Run, order
 from .reading import LEAST_FALL, TIME, Group, crossing, groups
 from .train import ASIDE, REACH, SHARES, TRIAL
 
@@ -119,15 +119,20 @@ def of_lr(group: Group) -> str:
     )
 
 
+def base_machine(group: Group) -> str:
+    """Returns the machine that MeZO ran on; methods of another one are not read at its time."""
+    return str(group.runs[BASE][0]["machine"])
+
+
 def section(group: Group) -> list[str]:
     """Returns the part of the page on one model and set."""
     start = next(iter(group.runs.values()))[0]["points"][0]
     rows = [row for some in group.runs.values() for row in some]
     commits, loads = sorted({row["commit"] for row in rows}), [row["load"] for row in rows]
     limit = (
-        "Nothing is read at MeZO's time: it has not run, or the machines are several."
+        "Nothing is read at MeZO's time: it has not run, or on several machines."
         if group.limit is None
-        else f"MeZO takes {group.limit:.1f} s of the processor for its forwards."
+        else f"MeZO takes {group.limit:.1f} s of the processor for its forwards, on {base_machine(group)}."
     )
     target = (
         f"Target: MeZO's final held-out loss, {group.target:.3f}."
@@ -203,7 +208,8 @@ def how(settings: Mapping[str, Any]) -> list[str]:
         "those of an accuracy have Wilson's for the rows too. Values between two checks (every quarter) are "
         "linear. Time is the processor's, at the rate of a method's quickest seed; `s a step` is the "
         "clock's, the median of a run's steps. `within MeZO's time` reads a method at the time that MeZO "
-        "takes, or at its own end where that is sooner. `forwards to target` is the median over seeds."
+        "takes, or at its own end where that is sooner; one that ran on another machine is not read there. "
+        "`forwards to target` is the median over seeds."
     )
     return [*textwrap.wrap(setting, 110), "", *textwrap.wrap(told, 110)]
 

@@ -49,6 +49,8 @@ def bars(axis, group: Group) -> None:
         (-0.2, "C1", "equal time", group.time),
     ):
         here = [(y, found[name]) for y, name in enumerate(names) if name in found]
+        if not here:
+            continue
         values = [100 * mean.value for _, mean in here]
         sides = [100 * (m.high - m.value) if math.isfinite(m.high) else 0.0 for _, m in here]
         look = {"height": 0.4, "color": color, "label": label, "error_kw": {"linewidth": 0.8}}

@@ -73,10 +73,10 @@ class Group:
     forwards  fall of the held-out loss at equal forwards, as a share of the loss before training, of each
               method; the held-out rows are those of all methods, so that only seeds part them
     time      the same within the time that MeZO takes for its forwards; a method that has done its own
-              before is read at its end. Empty where MeZO has not run, or where the machines are several
+              before is read at its end. Of methods that ran on MeZO's machine alone
     against   fall of a method minus MeZO's, at equal forwards, seed by seed, of each other method
     accuracy  at equal forwards, of each method
-    limit     that time, in processor seconds
+    limit     that time, in processor seconds; None: MeZO has not run, or on several machines
     target    held-out loss that MeZO has at the end, mean over its seeds; None where it did not fall by
               LEAST_FALL"""
 
@@ -143,14 +143,16 @@ def group(model: str, data: str, rows: Sequence[Row], budget: int) -> Group:
         by_method[row["method"]].append(row)
     runs = {name: steady(by_method[name]) for name in main_first(by_method)}
     machines, base = sorted({row["machine"] for row in rows}), runs.get(BASE)
-    limit = base[0]["points"][-1][TIME] if base and len(machines) == 1 else None
+    there = {row["machine"] for row in base or ()}
+    limit = base[0]["points"][-1][TIME] if base and len(there) == 1 else None
+    timed = {name: some for name, some in runs.items() if {row["machine"] for row in some} == there}
     target = statistics.fmean(row["points"][-1]["loss"] for row in base) if base else None
     if base and target is not None and target > (1 - LEAST_FALL) * base[0]["points"][0]["loss"]:
         target = None
     return Group(
         model, data, runs, budget, machines,
         forwards=falls(runs, "forwards", budget),
-        time={} if limit is None else falls(runs, TIME, limit),
+        time={} if limit is None else falls(timed, TIME, limit),
         against=against(runs, budget),
         accuracy=accuracies(runs, "forwards", budget),
         limit=limit, target=target,

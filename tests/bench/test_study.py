@@ -402,7 +402,8 @@ def test_the_page_says_where_and_how() -> None:
     assert "| LOZO | 2 | 50 | 2.00 | 2.00 | 100.0 | 1 | paired |" in text
     assert "| LOZO | 1.0e-04 | 1e-03 | 0.33 | diverges | 0.6000 | 0.7000 | 90 |" in text
     several = page(PAGE_SETTINGS, [rows[0], rows[1] | {"machine": "another"}], [BASE])
-    assert "Nothing is read at MeZO's time" in several and "were not committed" not in several
+    assert "| LOZO | 40.0 | 40.0 | +0.0 | - | 0.600 |" in several and "were not committed" not in several
+    assert "MeZO takes 100.0 s of the processor for its forwards, on a processor." in several
     assert page(PAGE_SETTINGS, [], [BASE])  # nothing was run
 
 

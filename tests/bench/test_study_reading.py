@@ -168,7 +168,9 @@ def test_a_group_reads_at_the_cost_of_mezo() -> None:
     assert news.accuracy["FZOO"].value == pytest.approx(0.6) and len(news.forwards[BASE].seeds) == 2
     assert reviews.limit is reviews.target is None and reviews.time == {}
     two = group(SMALL, "news", [rows[0], rows[2] | {"machine": "another"}], 100)
-    assert two.limit is None and two.time == {} and two.machines == ["a processor", "another"]
+    assert two.limit == 100.0 and [*two.time] == [BASE] and two.machines == ["a processor", "another"]
+    both = group(SMALL, "news", [rows[0], rows[1] | {"machine": "another"}, rows[2]], 100)
+    assert both.limit is None and both.time == {}  # whose MeZO ran on both
     assert group(SMALL, "news", [row(BASE, LINE, FALL[::-1])], 100).target is None
     assert group(SMALL, "news", [row(BASE, LINE, [1.0, 1.0, 1.0, 1.0, 0.96])], 100).target is None
 
@@ -244,7 +246,7 @@ def check_ratios(function) -> None:
     assert function(many(PGAP=(LINE, QUICK)), CLAIMS[0]) == ([], 0)
     timed = many(MeZO=(LINE, FALL), KerZOO=(LINE, QUICK))
     assert function(timed, CLAIMS[1])[0] == pytest.approx([0.25] * 4)
-    assert function([replace(one, limit=None) for one in timed], CLAIMS[1]) == ([], 0)  # several machines
+    assert function([replace(one, time={}) for one in timed], CLAIMS[1]) == ([], 0)  # several machines
 
 
 def check_start_with(function) -> None:
@@ -363,7 +365,7 @@ def with_(told, function):
         ),
         pytest.param(
             check_ratios,
-            lambda g, c: ratios([replace(one, limit=1.0) for one in g], c),
+            lambda g, c: ratios([replace(one, time=one.forwards) for one in g], c),
             id="times of several machines",
         ),
         pytest.param(check_harmed, with_(by_size, harmed), id="without intervals"),
