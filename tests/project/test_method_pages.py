@@ -236,3 +236,11 @@ def test_other_published_learning_rates_are_rejected() -> None:
 def test_an_unknown_name_is_refused(capsys) -> None:
     assert cli.main(["methods", "nothing"]) == 2
     assert f"nothing is no method; expected one of {', '.join(methods.METHODS)}" in capsys.readouterr().err
+
+
+def test_a_method_that_is_left_out_has_its_reason(capsys) -> None:
+    for name, reason in cli_methods.LEFT_OUT.items():
+        assert name.lower() not in {known.lower() for known in methods.METHODS}
+        assert cli.main(["methods", name.lower()]) == 2
+        assert reason in capsys.readouterr().err
+        assert reason in " ".join(cli_methods.markdown().split())

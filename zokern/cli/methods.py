@@ -35,6 +35,12 @@ from ..step import step
 SIZE, COLUMNS = 512, 108
 ARGUMENT = re.compile(r"(?P<names>\*{0,2}\w+(?:, \w+)*) {2,}(?P<text>\S.*)")
 HEAD = ("method", "what it is", "losses a step", "bytes a weight", "default lr", "paper")
+LEFT_OUT = {
+    "LOREN": "LOREN (arXiv 2511.07971, 2025) is not here. Its z is a dense draw less a rank-one part, and "
+    "that part is the draw's product with a learned vector. So every reading would make z twice, and no "
+    "evaluation adds a dense and a low-rank z. RLOO has its coefficients. HiZOO learns a scale for each "
+    "weight."
+}
 
 
 class Cost(NamedTuple):
@@ -235,7 +241,8 @@ def markdown() -> str:
         "defaults. Losses are the mean over an interval. The weights' own bytes do not count."
     )
     pages = (markdown_page(name) + "\n" for name in methods.METHODS)
-    return "\n".join(["# Methods", "", *textwrap.wrap(head, 110), "", markdown_table(), "", *pages])
+    without = [line for text in LEFT_OUT.values() for line in (*textwrap.wrap(text, 110), "")]
+    return "\n".join(["# Methods", "", *textwrap.wrap(head, 110), "", markdown_table(), "", *without, *pages])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,10 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse.parse_args(argv)
     names = {name.lower(): name for name in methods.METHODS}
     if options.name and options.name.lower() not in names:
-        print(
-            f"zokern methods: {options.name} is no method; expected one of {', '.join(methods.METHODS)}",
-            file=sys.stderr,
-        )
+        unknown = f"{options.name} is no method; expected one of {', '.join(methods.METHODS)}"
+        print(f"zokern methods: {LEFT_OUT.get(options.name.upper(), unknown)}", file=sys.stderr)
         return 2
     if options.json:
         chosen = [names[options.name.lower()]] if options.name else methods.METHODS
