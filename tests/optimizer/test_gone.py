@@ -195,6 +195,18 @@ def test_updates_that_cannot_be_written_are_named(change: Callable[[nn.Module], 
     assert changed(model, before) == []
 
 
+def test_a_capture_has_no_updates_of_an_optimizer_that_is_gone(monkeypatch) -> None:
+    """A graph that is captured meanwhile would write them at every replay."""
+    model = tiny(width=16)
+    optimizer = trained("subzero", model)
+    before = snapshot(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.warns(RuntimeWarning, match=r"deferred are lost: a CUDA graph is captured"):
+        del optimizer
+    assert changed(model, before) == []
+
+
 @pytest.mark.parametrize("wanted", ["no", None])
 def test_an_optimizer_without_updates_ends_silently(wanted) -> None:
     """Also one that was refused when it was built."""

@@ -37,6 +37,10 @@ REPLACED = (
     "weights are replaced, cast or moved, or optimizer.discard() to go on from what they are now, or build "
     "the optimizer with defer=False"
 )
+CAPTURED = (
+    "a CUDA graph is captured, and every replay would write them again; call optimizer.flush() before a "
+    "capture, or keep the optimizer until its end"
+)
 
 
 class Deferred:
@@ -74,6 +78,8 @@ class Deferred:
         if sys.is_finalizing() or not self.pending:
             return
         try:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(CAPTURED)
             with _disable_current_modes():
                 self.flush()
         except Exception as problem:
