@@ -23,7 +23,7 @@ from .order import ADAPTERS, LARGE, MODELS, SETS, SMALL, Run, order
 from .page import page
 from .reading import groups
 from .store import Store
-from .train import measure
+from .train import measure, settled
 
 Problems = Callable[[str, str, int, int], problems.Problem]
 
@@ -75,9 +75,17 @@ def expected(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def tuned(run: Run, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Returns a row of the same model, set and method that has an lr; None: there is none yet."""
-    alike = (row for row in rows if Run.of(row)._replace(seed=run.seed) == run and "error" not in row)
-    return next(alike, None)
+    """Returns a row of the same model, set and method that has an lr, a settled one where there is one; None:
+    there is none yet."""
+    alike = [row for row in rows if Run.of(row)._replace(seed=run.seed) == run and "error" not in row]
+    return next(filter(settled, alike), alike[0] if alike else None)
+
+
+def done(store: Store, retry: bool) -> set[Run]:
+    """Returns the runs that need not be run again: those whose lr is settled, and unless `retry` those that
+    failed."""
+    open_ = {Run.of(row) for row in store.latest() if "error" not in row and not settled(row)}
+    return store.done(retry) - open_
 
 
 def run_all(
@@ -92,7 +100,8 @@ def run_all(
     from tqdm.auto import tqdm
 
     ends, before = time.monotonic() + 3600 * settings.hours, dict[tuple[str, str], Score]()
-    left = [run for run in todo if run not in store.done(settings.retry)]
+    known_runs = done(store, settings.retry)
+    left = [run for run in todo if run not in known_runs]
     with tqdm(total=len(todo), initial=len(todo) - len(left), unit="run", desc="study") as bar:
         for number, run in enumerate(left):
             rest = ends - time.monotonic()
@@ -108,11 +117,12 @@ def run_all(
             if (run.model, run.data) not in before:
                 before[run.model, run.data] = score(task.model, task.words, task.rows.held_out)
             forwards = store.settings["forwards"][run.model]
-            known, start = tuned(run, store.latest()), before[run.model, run.data]
-            what = str(run) if known else f"{run}, tuned first"
+            latest, start = store.latest(), before[run.model, run.data]
+            known, old = tuned(run, latest), next((row for row in latest if Run.of(row) == run), None)
+            what = str(run) if known and settled(known) else f"{run}, tuned first"
             with tqdm(total=forwards, unit="forward", desc=what, leave=False) as inner:
-                row = measure(run, task, start, settings, forwards, inner.update, known)
-            store.append(row | dict(record))
+                row = measure(run, task, start, settings, forwards, inner.update, known, old)
+            store.append(dict(record) | row)
             bar.update()
             tqdm.write(line(row))
 

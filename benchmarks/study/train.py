@@ -1,7 +1,8 @@
 """One run: tune, train to a number of forwards, and judge at quarters of it.
 
 zokern.tune gives eps and an lr. Of some shares of this lr the best one is taken: each trains a third of the
-run's forwards, and is judged by training rows that are set aside. Further seeds take what the first found.
+run's forwards, and is judged by training rows that are set aside. While the largest share is the best, a
+larger one is tried. Further seeds take what the first found.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,10 @@ ALONG, BACKWARD = 2, 3
 REACH = 1e-3  # of zokern.tune: a step changes a weight by no more than MeZO's eps, root mean square
 TUNE_BATCHES, TUNE_SEED = 8, 1000  # batches that tune reads, in an order of their own
 SHARES = (1.0, 1 / 3, 0.1)  # of its lr that are tried
+WIDER, MOST = (
+    3.0,
+    9.0,
+)  # while the largest share is the best, one so many times as large is tried; the last one
 TRIAL = 3  # a trial takes this part of the run's forwards
 TUNED = (  # what a row has of its tuning
     "default_lr", "default_eps", "eps", "lr", "tune_lr", "tune_error", "trials", "tune_forwards",
@@ -82,6 +87,24 @@ def point(found: Score, **where: float) -> dict[str, Any]:
     return {**where, "right": int(found.right.sum()), "rows": found.right.numel(), "loss": found.loss}
 
 
+def best_of(trials: Sequence[Row]) -> Row:
+    """Returns the trial with the least loss; the first one, where all diverge."""
+    return min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
+
+
+def at_edge(tuning: Row) -> bool:
+    """Returns whether the best lr is the largest that was tried, so that a larger one may be better."""
+    trials = tuning["trials"]
+    best = best_of(trials)
+    return best["loss"] is not None and best["lr"] == max(trial["lr"] for trial in trials)
+
+
+def settled(tuning: Row) -> bool:
+    """Returns whether no larger lr is to be tried."""
+    largest = max(trial["lr"] for trial in tuning["trials"])
+    return not at_edge(tuning) or largest * WIDER > 1.01 * MOST * tuning["tune_lr"]
+
+
 class Trainer:
     """The training of one run. `row` is its record,
     and is complete after `train`, or after an exception as far as it came."""
@@ -122,20 +145,26 @@ class Trainer:
         others = Batches(self.rows, self.settings.batch, TUNE_SEED)
         closures = [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)]
         found = zokern.tune(optimizer, closures, reach=REACH)
-        trials = [
-            {"lr": lr, **dict(zip(("loss", "forwards"), self.trial(found.eps, lr)))}
-            for lr in (share * found.lr for share in SHARES)
-        ]
-        best = min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
-        if best["loss"] is None:
-            raise ArithmeticError(f"it diverges at every lr of {[trial['lr'] for trial in trials]}")
-        return {
-            "default_lr": group["lr"], "default_eps": group["eps"], "eps": found.eps, "lr": best["lr"],
-            "tune_lr": found.lr, "tune_error": found.error, "trials": trials,
+        trials = [self.trial(found.eps, share * found.lr) for share in SHARES]
+        return self.settle({
+            "default_lr": group["lr"], "default_eps": group["eps"], "eps": found.eps, "tune_lr": found.lr,
+            "tune_error": found.error, "trials": trials,
             "tune_forwards": found.forwards + sum(trial["forwards"] for trial in trials),
-        }  # fmt: skip
+        })  # fmt: skip
 
-    def trial(self, eps: float, lr: float) -> tuple[float | None, int]:
+    def settle(self, tuning: Row) -> dict[str, Any]:
+        """Returns a tuning with the best lr; larger ones are tried while the largest is the best."""
+        tuning = dict(tuning)
+        while not settled(tuning):
+            trial = self.trial(tuning["eps"], WIDER * tuning["trials"][0]["lr"])
+            tuning["trials"] = [trial, *tuning["trials"]]
+            tuning["tune_forwards"] += trial["forwards"]
+        best = best_of(tuning["trials"])
+        if best["loss"] is None:
+            raise ArithmeticError(f"it diverges at every lr of {[trial['lr'] for trial in tuning['trials']]}")
+        return tuning | {"lr": best["lr"]}
+
+    def trial(self, eps: float, lr: float) -> dict[str, Any]:
         """Returns the loss of the rows aside after a short training, None where it is no number,
         and the forwards."""
         short = Trainer(
@@ -145,7 +174,7 @@ class Trainer:
         used = [so_far for so_far, _, _ in short.steps(optimizer)]
         optimizer.flush()
         loss = score(short.model, self.words, self.aside).loss
-        return loss if math.isfinite(loss) else None, used[-1]
+        return {"lr": lr, "loss": loss if math.isfinite(loss) else None, "forwards": used[-1]}
 
     def judge(self, before: Score | None = None, forwards: int = 0) -> None:
         """Adds a point: what the weights answer to the held-out rows now."""
@@ -191,11 +220,20 @@ class Trainer:
             used += last
             yield used, last, result
 
-    def train(self, before: Score, tell: Callable[[int], None], known: Row | None = None) -> None:
-        """Tunes and trains. known: a row of another seed, whose eps and lr are taken."""
+    def train(
+        self, before: Score, tell: Callable[[int], None], known: Row | None = None, old: Row | None = None
+    ) -> None:  # fmt: skip
+        """Tunes and trains.
+
+        known  a row of this or another seed, whose eps and lr are taken, after larger lrs where those are due
+        old    the row that this one replaces. It is kept, with what was tried, where its lr stays the best"""
         self.judge(before)
         self.forward()
-        self.row |= self.tune() if known is None else {name: known[name] for name in TUNED}
+        tuning = self.tune() if known is None else self.settle({name: known[name] for name in TUNED})
+        if old is not None and "error" not in old and old["lr"] == tuning["lr"]:
+            self.row = {**old, **tuning}
+            return
+        self.row |= tuning
         optimizer = self.optimizer(self.row["eps"], self.row["lr"])
         reset_high_water()
         for used, last, result in self.steps(optimizer):
@@ -215,18 +253,18 @@ class Trainer:
 
 def measure(
     run: Run, problem: Problem, before: Score, settings: argparse.Namespace, forwards: int, tell: Any,
-    known: Row | None = None,
+    known: Row | None = None, old: Row | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the row of a run. A method that raises has the reason in its row,
     under 'error', and is not run again.
 
-    known  the row of another seed, which has been tuned"""
+    known, old  see Trainer.train"""
     started = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(run, problem, settings, forwards)
         try:
-            trainer.train(before, tell, known)
+            trainer.train(before, tell, known, old)
         except Exception as problem_of_method:
             trainer.row["error"] = f"{type(problem_of_method).__name__}: {problem_of_method}"[:300]
-    return trainer.row | {"wall_seconds": time.perf_counter() - started}
+    return {"wall_seconds": time.perf_counter() - started} | trainer.row

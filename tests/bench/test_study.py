@@ -197,7 +197,8 @@ def test_the_whole_line(two, tmp_path, capsys) -> None:
         assert found["points"][-1]["loss"] < found["points"][0]["loss"]
         assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43 + 3 * 9
         tried = {trial["lr"]: trial["loss"] for trial in found["trials"]}
-        assert len(tried) == 3 and tried[found["lr"]] == min(tried.values())
+        assert len(tried) in (3, 4, 5) and tried[found["lr"]] == min(tried.values())
+        assert train.settled(found)
     assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
     text = (tmp_path / "study.md").read_text()
     assert "| MeZO | 2 | 20 |" in text and "-81 % iterations (P-GAP): not measured" in text
@@ -294,12 +295,112 @@ def test_tuning_is_shared_by_seeds(seeds, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda r, rows: None, lambda r, rows: rows[-1] | {"lr": 1e-6} if rows else None]
+    "wrong",
+    [lambda r, rows: None, lambda r, rows: rows[-1] | {"trials": rows[-1]["trials"][-1:]} if rows else None],
 )
 def test_wrong_sharing_is_rejected(wrong, seeds, tmp_path) -> None:
-    """Tuning anew finds another lr by another seed's weights; an lr of its own is no tuned one."""
+    """Tuning anew finds another lr by another seed's weights; an lr of other trials is another one."""
     with pytest.raises(AssertionError):
         check_tuning(wrong, tmp_path)
+
+
+def trials_of(losses: dict[float, float | None]):
+    """Returns a trial whose loss is known by the share of the lr that zokern.tune gave, 1e-3."""
+
+    def trial(self, eps, lr):
+        return {"lr": lr, "loss": losses[round(lr / 1e-3, 2)], "forwards": 10}
+
+    return trial
+
+
+THREE = {1.0: 0.5, 0.33: 0.6, 0.1: 0.7}
+
+
+def check_settle(settle) -> None:
+    """While the largest lr is the best a larger one is tried, and the best of all is taken."""
+    trainer = train.Trainer.__new__(train.Trainer)
+    for more, best, count in (
+        ({3.0: 0.55}, 1.0, 4),
+        ({3.0: None}, 1.0, 4),
+        ({3.0: 0.4, 9.0: 0.45}, 3.0, 5),
+        ({3.0: 0.4, 9.0: 0.3}, 9.0, 5),  # no further
+        ({1.0: 0.65}, 0.33, 3),
+        ({1.0: None}, 0.33, 3),
+    ):
+        with patch.object(train.Trainer, "trial", trials_of(THREE | more)):
+            tried = [trainer.trial(1e-3, share * 1e-3) for share in train.SHARES]
+            given = {"eps": 1e-3, "tune_lr": 1e-3, "trials": tried, "tune_forwards": 86}
+            found = settle(trainer, given)
+        assert found["lr"] == pytest.approx(best * 1e-3, rel=0.02) and len(found["trials"]) == count
+        assert found["tune_forwards"] == 86 + 10 * (count - 3) and len(given["trials"]) == 3
+
+
+def never(self, tuning):
+    """Takes the best of the shares that were given."""
+    return tuning | {"lr": train.best_of(tuning["trials"])["lr"]}
+
+
+def last(self, tuning):
+    """Takes the last one that was tried."""
+    found = train.Trainer.settle(self, tuning)
+    return found | {"lr": found["trials"][0]["lr"]}
+
+
+def test_a_larger_lr_is_tried_while_the_largest_is_the_best() -> None:
+    check_settle(train.Trainer.settle)
+
+
+@pytest.mark.parametrize("wrong", [never, last])
+def test_wrong_trials_are_rejected(wrong) -> None:
+    with pytest.raises(AssertionError):
+        check_settle(wrong)
+
+
+def check_goes_on(tmp_path, larger: float) -> None:
+    """Rows whose largest lr was the best are tuned on by the same command: once for all seeds. Where the
+    larger lr is better they are run again, and else they stay."""
+    given = ("--only", "MeZO", "--sets", "news")
+    right = zokern.tune
+    tuned = patch.object(zokern, "tune", lambda *args, **more: replace(right(*args, **more), lr=1e-3))
+    with tuned, patch.object(train, "MOST", 1.0), patch.object(train.Trainer, "trial", trials_of(THREE)):
+        before = run(tmp_path, *given)[1]
+    asked = []
+
+    def trial(self, eps, lr):
+        asked.append(lr)
+        return trials_of({3.0: larger, 9.0: 0.9})(self, eps, lr)
+
+    with patch.object(train.Trainer, "trial", trial):
+        after = run(tmp_path, *given)[1][len(before) :]
+    is_better = larger < THREE[1.0]
+    assert asked == pytest.approx([3e-3, 9e-3] if is_better else [3e-3])
+    assert [Run.of(r) for r in after] == [Run.of(r) for r in before]
+    for old, new in zip(before, after):
+        assert old["lr"] == pytest.approx(1e-3) and new["lr"] == pytest.approx(3e-3 if is_better else 1e-3)
+        assert (new["points"] == old["points"]) != is_better and len(new["trials"]) == 3 + len(asked)
+        assert (new["wall_seconds"] == old["wall_seconds"]) != is_better
+    with patch.object(study, "measure", side_effect=AssertionError("a settled run was run again")):
+        run(tmp_path, *given)
+
+
+@pytest.mark.parametrize("larger", [0.4, 0.55])
+def test_rows_at_the_edge_are_tuned_on(larger, seeds, tmp_path) -> None:
+    check_goes_on(tmp_path, larger)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("done", lambda store, retry: store.done(retry)),
+        (
+            "tuned",
+            lambda run, rows: next((r for r in rows if Run.of(r) == run), None),
+        ),  # each seed for itself
+    ],
+)
+def test_wrong_going_on_is_rejected(name, wrong, seeds, tmp_path) -> None:
+    with patch.object(study, name, wrong), pytest.raises(AssertionError):
+        check_goes_on(tmp_path, 0.4)
 
 
 def test_a_trial_that_diverges_is_not_taken(two, tmp_path) -> None:
@@ -385,6 +486,12 @@ def test_the_page_says_what_is_missing() -> None:
     assert f"{SMALL}, news: fewer than 3 seeds: LOZO." in text and f"{SMALL}, reviews: not run: LOZO." in text
     everything = [row(r.method, LINE, FALL, model=r.model, data=r.data, seed=r.seed) for r in order(names)]
     assert lacking(everything, names) == ["36 of 36 runs of a full study are done."]
+    edge = {"trials": [{"lr": 1e-4, "loss": 0.6}, {"lr": 3e-5, "loss": 0.7}]}
+    text = "\n".join(lacking([row(BASE, LINE, FALL) | edge, row("LOZO", LINE, FALL)], names))
+    assert (
+        f"- {SMALL}, news: lr is the largest that was tried, and a larger one may suit: {BASE}.\n"
+        in f"{text}\n"
+    )
 
 
 def test_the_page_says_where_and_how() -> None:
