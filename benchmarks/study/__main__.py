@@ -23,7 +23,7 @@ from .order import ADAPTERS, LARGE, MODELS, SETS, SMALL, Run, order
 from .page import page
 from .reading import groups
 from .store import Store
-from .train import measure, settled
+from .train import measure, wanted
 
 Problems = Callable[[str, str, int, int], problems.Problem]
 
@@ -78,13 +78,13 @@ def tuned(run: Run, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | No
     """Returns a row of the same model, set and method that has an lr, a settled one where there is one; None:
     there is none yet."""
     alike = [row for row in rows if Run.of(row)._replace(seed=run.seed) == run and "error" not in row]
-    return next(filter(settled, alike), alike[0] if alike else None)
+    return next((row for row in alike if wanted(row) is None), alike[0] if alike else None)
 
 
 def done(store: Store, retry: bool) -> set[Run]:
     """Returns the runs that need not be run again: those whose lr is settled, and unless `retry` those that
     failed."""
-    open_ = {Run.of(row) for row in store.latest() if "error" not in row and not settled(row)}
+    open_ = {Run.of(row) for row in store.latest() if "error" not in row and wanted(row) is not None}
     return store.done(retry) - open_
 
 
@@ -119,7 +119,7 @@ def run_all(
             forwards = store.settings["forwards"][run.model]
             latest, start = store.latest(), before[run.model, run.data]
             known, old = tuned(run, latest), next((row for row in latest if Run.of(row) == run), None)
-            what = str(run) if known and settled(known) else f"{run}, tuned first"
+            what = str(run) if known and wanted(known) is None else f"{run}, tuned first"
             with tqdm(total=forwards, unit="forward", desc=what, leave=False) as inner:
                 row = measure(run, task, start, settings, forwards, inner.update, known, old)
             store.append(dict(record) | row)

@@ -39,6 +39,10 @@ COST = [
     "extra MB",
     "read by",
 ]
+TUNING = [
+    "method", "lr", "eps", "of zokern.tune's lr", *(f"loss at {share:.2g}" for share in SHARES),
+    "over all forwards", "forwards",
+]  # fmt: skip
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -87,39 +91,19 @@ def cost(group: Group, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-def tuning(group: Group) -> list[str]:
-    """Returns the table of tuning: losses of the rows aside after a short training, by shares of the lr that
-    zokern.tune gave."""
-    tried = {
-        name: {f"{trial['lr'] / row['tune_lr']:.2g}": trial["loss"] for trial in row["trials"]}
-        for name, (row, *_) in group.runs.items()
-    }
-    shares = sorted({share for losses in tried.values() for share in losses}, key=float, reverse=True)
-    lines = []
-    for name, rows in group.runs.items():
-        row, losses = rows[0], tried[name]
-        cells = ["-" if s not in losses else "diverges" if losses[s] is None else f"{losses[s]:.4f}"
-                 for s in shares]  # fmt: skip
-        best = f"{row['lr'] / row['tune_lr']:.2g}"
-        lines.append(
-            [
-                name,
-                _each(rows, "lr", ".1e"),
-                _each(rows, "eps", ".0e"),
-                best,
-                *cells,
-                str(row["tune_forwards"]),
-            ]
-        )
-    head = [
-        "method",
-        "lr",
-        "eps",
-        "of zokern.tune's lr",
-        *(f"loss at {share}" for share in shares),
-        "forwards",
-    ]
-    return table(head, lines)
+def _told(trial: Mapping[str, Any]) -> str:
+    return "diverges" if trial["loss"] is None else f"{trial['loss']:.4f}"
+
+
+def tuning(group: Group, name: str) -> list[str]:
+    """Returns a line of the table of tuning."""
+    rows = group.runs[name]
+    row, whole = rows[0], rows[0].get("whole", ())
+    over_all = ", ".join(f"{_told(trial)} at {trial['lr'] / row['tune_lr']:.2g}" for trial in whole)
+    return [
+        name, _each(rows, "lr", ".1e"), _each(rows, "eps", ".0e"), f"{row['lr'] / row['tune_lr']:.2g}",
+        *map(_told, row["trials"]), over_all or "-", str(row["tune_forwards"]),
+    ]  # fmt: skip
 
 
 def of_lr(group: Group) -> str:
@@ -167,7 +151,7 @@ def section(group: Group) -> list[str]:
         "",
         *table(COST, [cost(group, name) for name in group.runs]),
         "",
-        *tuning(group),
+        *table(TUNING, [tuning(group, name) for name in group.runs]),
         "",
         *([said, ""] if (said := of_lr(group)) else []),
     ]
@@ -209,8 +193,9 @@ def how(settings: Mapping[str, Any]) -> list[str]:
         "Every method had its defaults, but for eps and lr. `zokern.tune` told these two from 56 forwards "
         f"with a central difference; its `reach` was {REACH:g} for all. Of {len(SHARES)} shares of that lr, "
         f"{', '.join(f'{share:.2g}' for share in SHARES)}, the best was taken: each trained a 1/{TRIAL} of "
-        f"the forwards, and was judged by {ASIDE} training rows that train nothing. While the largest was "
-        f"the best, one {WIDER:g} times as large was tried, up to {MOST:g}. Further seeds took eps "
+        f"the forwards, and was judged by {ASIDE} training rows that train nothing. Where the largest was "
+        f"the best, larger ones were tried over all of the forwards, each {WIDER:g} times the one before, as "
+        f"long as that was better and up to {MOST:g}. Further seeds took eps "
         "and lr of the first. The forwards of this tuning do not count below; the table of tuning has them, "
         "and the losses of the rows aside at each share. Two that are closer than about 0.01 differ by "
         "chance. Of Hybrid and Addax the optimizer of the gradients keeps its own lr. lr is constant. A "

@@ -1,8 +1,9 @@
 """One run: tune, train to a number of forwards, and judge at quarters of it.
 
 zokern.tune gives eps and an lr. Of some shares of this lr the best one is taken: each trains a third of the
-run's forwards, and is judged by training rows that are set aside. While the largest share is the best, a
-larger one is tried. Further seeds take what the first found.
+run's forwards, and is judged by training rows that are set aside. Where the largest share is the best, larger
+ones are tried, over all of the run's forwards: what wins a third of them may diverge later. Further seeds
+take what the first found.
 """
 
 from __future__ import annotations
@@ -36,13 +37,10 @@ ALONG, BACKWARD = 2, 3
 REACH = 1e-3  # of zokern.tune: a step changes a weight by no more than MeZO's eps, root mean square
 TUNE_BATCHES, TUNE_SEED = 8, 1000  # batches that tune reads, in an order of their own
 SHARES = (1.0, 1 / 3, 0.1)  # of its lr that are tried
-WIDER, MOST = (
-    3.0,
-    9.0,
-)  # while the largest share is the best, one so many times as large is tried; the last one
+WIDER, MOST = 3.0, 9.0  # one trial's lr over another's, beyond SHARES; the largest share
 TRIAL = 3  # a trial takes this part of the run's forwards
 TUNED = (  # what a row has of its tuning
-    "default_lr", "default_eps", "eps", "lr", "tune_lr", "tune_error", "trials", "tune_forwards",
+    "default_lr", "default_eps", "eps", "lr", "tune_lr", "tune_error", "trials", "whole", "tune_forwards",
 )  # fmt: skip
 Row = Mapping[str, Any]
 ASIDE = 60  # training rows that judge trials, and train nothing
@@ -92,17 +90,29 @@ def best_of(trials: Sequence[Row]) -> Row:
     return min(trials, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])
 
 
+def tried(tuning: Row) -> Sequence[Row]:
+    """Returns the trials that decide on lr, the largest first: those over all of the run's forwards, where
+    there are any."""
+    return tuning.get("whole") or tuning["trials"]
+
+
 def at_edge(tuning: Row) -> bool:
     """Returns whether the best lr is the largest that was tried, so that a larger one may be better."""
-    trials = tuning["trials"]
-    best = best_of(trials)
-    return best["loss"] is not None and best["lr"] == max(trial["lr"] for trial in trials)
+    best = best_of(tried(tuning))
+    return best["loss"] is not None and best["lr"] == max(trial["lr"] for trial in tried(tuning))
 
 
-def settled(tuning: Row) -> bool:
-    """Returns whether no larger lr is to be tried."""
-    largest = max(trial["lr"] for trial in tuning["trials"])
-    return not at_edge(tuning) or largest * WIDER > 1.01 * MOST * tuning["tune_lr"]
+def wanted(tuning: Row) -> float | None:
+    """Returns lr of the next trial over all of the run's forwards; None: lr is settled.
+
+    The first one is the best of the short trials, where it is the largest of them. Then lr grows while that
+    is better, and falls while all trials diverge."""
+    whole, best = tuning.get("whole"), best_of(tried(tuning))
+    if not whole:
+        return best["lr"] if at_edge(tuning) else None
+    lr = WIDER * whole[0]["lr"] if at_edge(tuning) else whole[-1]["lr"] / WIDER
+    is_wanted = at_edge(tuning) or best["loss"] is None
+    return lr if is_wanted and 0.99 * SHARES[-1] <= lr / tuning["tune_lr"] <= 1.01 * MOST else None
 
 
 class Trainer:
@@ -145,31 +155,28 @@ class Trainer:
         others = Batches(self.rows, self.settings.batch, TUNE_SEED)
         closures = [self.closure(optimizer, others) for _ in range(TUNE_BATCHES)]
         found = zokern.tune(optimizer, closures, reach=REACH)
-        trials = [self.trial(found.eps, share * found.lr) for share in SHARES]
+        trials = [self.trial(found.eps, share * found.lr, self.budget // TRIAL) for share in SHARES]
         return self.settle({
             "default_lr": group["lr"], "default_eps": group["eps"], "eps": found.eps, "tune_lr": found.lr,
-            "tune_error": found.error, "trials": trials,
+            "tune_error": found.error, "trials": trials, "whole": [],
             "tune_forwards": found.forwards + sum(trial["forwards"] for trial in trials),
         })  # fmt: skip
 
     def settle(self, tuning: Row) -> dict[str, Any]:
-        """Returns a tuning with the best lr; larger ones are tried while the largest is the best."""
+        """Returns a tuning with the best lr, after the trials that are wanted."""
         tuning = dict(tuning)
-        while not settled(tuning):
-            trial = self.trial(tuning["eps"], WIDER * tuning["trials"][0]["lr"])
-            tuning["trials"] = [trial, *tuning["trials"]]
+        while (lr := wanted(tuning)) is not None:
+            trial = self.trial(tuning["eps"], lr, self.budget)
+            tuning["whole"] = sorted([trial, *tuning["whole"]], key=lambda one: -one["lr"])
             tuning["tune_forwards"] += trial["forwards"]
-        best = best_of(tuning["trials"])
+        best = best_of(tried(tuning))
         if best["loss"] is None:
-            raise ArithmeticError(f"it diverges at every lr of {[trial['lr'] for trial in tuning['trials']]}")
+            raise ArithmeticError(f"it diverges at every lr of {[trial['lr'] for trial in tried(tuning)]}")
         return tuning | {"lr": best["lr"]}
 
-    def trial(self, eps: float, lr: float) -> dict[str, Any]:
-        """Returns the loss of the rows aside after a short training, None where it is no number,
-        and the forwards."""
-        short = Trainer(
-            self.run._replace(seed=TUNE_SEED), self.problem, self.settings, max(1, self.budget // TRIAL)
-        )
+    def trial(self, eps: float, lr: float, forwards: int) -> dict[str, Any]:
+        """Trains, and returns the loss of the rows aside, None where it is no number, and the forwards."""
+        short = Trainer(self.run._replace(seed=TUNE_SEED), self.problem, self.settings, max(1, forwards))
         optimizer = short.optimizer(eps, lr)
         used = [so_far for so_far, _, _ in short.steps(optimizer)]
         optimizer.flush()
@@ -229,7 +236,7 @@ class Trainer:
         old    the row that this one replaces. It is kept, with what was tried, where its lr stays the best"""
         self.judge(before)
         self.forward()
-        tuning = self.tune() if known is None else self.settle({name: known[name] for name in TUNED})
+        tuning = self.tune() if known is None else self.settle({name: known.get(name, []) for name in TUNED})
         if old is not None and "error" not in old and old["lr"] == tuning["lr"]:
             self.row = {**old, **tuning}
             return

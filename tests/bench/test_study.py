@@ -197,8 +197,9 @@ def test_the_whole_line(two, tmp_path, capsys) -> None:
         assert found["points"][-1]["loss"] < found["points"][0]["loss"]
         assert found["lr"] != found["default_lr"] and found["tune_forwards"] >= 43 + 3 * 9
         tried = {trial["lr"]: trial["loss"] for trial in found["trials"]}
-        assert len(tried) in (3, 4, 5) and tried[found["lr"]] == min(tried.values())
-        assert train.settled(found)
+        assert len(tried) == 3 and train.wanted(found) is None
+        decide = {trial["lr"]: trial["loss"] for trial in found["whole"]} or tried
+        assert decide[found["lr"]] == min(decide.values())
     assert [r["last_step_forwards"] for r in rows] == [2, 9, 2, 9]
     text = (tmp_path / "study.md").read_text()
     assert "| MeZO | 2 | 20 |" in text and "-81 % iterations (P-GAP): not measured" in text
@@ -304,53 +305,68 @@ def test_wrong_sharing_is_rejected(wrong, seeds, tmp_path) -> None:
         check_tuning(wrong, tmp_path)
 
 
-def trials_of(losses: dict[float, float | None]):
+def trials_of(short: dict[float, float | None], whole: dict[float, float | None], asked: list | None = None):
     """Returns a trial whose loss is known by the share of the lr that zokern.tune gave, 1e-3."""
 
-    def trial(self, eps, lr):
-        return {"lr": lr, "loss": losses[round(lr / 1e-3, 2)], "forwards": 10}
+    def trial(self, eps, lr, forwards):
+        share = round(lr / 1e-3, 2)
+        if forwards == 40 and asked is not None:
+            asked.append(share)
+        return {"lr": lr, "loss": (whole if forwards == 40 else short)[share], "forwards": forwards}
 
     return trial
 
 
-THREE = {1.0: 0.5, 0.33: 0.6, 0.1: 0.7}
+SHORT = {1.0: 0.5, 0.33: 0.6, 0.1: 0.7}
 
 
 def check_settle(settle) -> None:
-    """While the largest lr is the best a larger one is tried, and the best of all is taken."""
+    """Where the largest lr is the best of the short trials, larger ones are tried over all of the forwards,
+    and these decide; where all of them diverge, smaller ones."""
     trainer = train.Trainer.__new__(train.Trainer)
-    for more, best, count in (
-        ({3.0: 0.55}, 1.0, 4),
-        ({3.0: None}, 1.0, 4),
-        ({3.0: 0.4, 9.0: 0.45}, 3.0, 5),
-        ({3.0: 0.4, 9.0: 0.3}, 9.0, 5),  # no further
-        ({1.0: 0.65}, 0.33, 3),
-        ({1.0: None}, 0.33, 3),
+    trainer.budget = 40
+    for short, whole, best, count in (
+        ({}, {1.0: 0.4, 3.0: 0.45}, 1.0, 2),
+        ({}, {1.0: 0.4, 3.0: None}, 1.0, 2),
+        ({}, {1.0: 0.6, 3.0: 0.55, 9.0: 0.65}, 3.0, 3),
+        ({}, {1.0: 0.4, 3.0: 0.3, 9.0: 0.2}, 9.0, 3),  # no further
+        ({}, {1.0: None, 0.33: 0.45}, 0.33, 2),
+        ({1.0: 0.65}, {}, 0.33, 0),
+        ({1.0: None}, {}, 0.33, 0),
     ):
-        with patch.object(train.Trainer, "trial", trials_of(THREE | more)):
-            tried = [trainer.trial(1e-3, share * 1e-3) for share in train.SHARES]
-            given = {"eps": 1e-3, "tune_lr": 1e-3, "trials": tried, "tune_forwards": 86}
+        with patch.object(train.Trainer, "trial", trials_of(SHORT | short, whole)):
+            trials = [trainer.trial(1e-3, share * 1e-3, 13) for share in train.SHARES]
+            given = {"eps": 1e-3, "tune_lr": 1e-3, "trials": trials, "whole": [], "tune_forwards": 86}
             found = settle(trainer, given)
-        assert found["lr"] == pytest.approx(best * 1e-3, rel=0.02) and len(found["trials"]) == count
-        assert found["tune_forwards"] == 86 + 10 * (count - 3) and len(given["trials"]) == 3
+        assert found["lr"] == pytest.approx(best * 1e-3, rel=0.02) and len(found["whole"]) == count
+        assert found["tune_forwards"] == 86 + 40 * count and given["whole"] == []
+    with patch.object(train.Trainer, "trial", trials_of({}, {1.0: None, 0.33: None, 0.11: None})):
+        with pytest.raises(ArithmeticError, match="it diverges at every lr"):
+            settle(trainer, given | {"trials": [{"lr": 1e-3, "loss": 0.5}]})
 
 
 def never(self, tuning):
-    """Takes the best of the shares that were given."""
+    """Takes the best of the short trials."""
     return tuning | {"lr": train.best_of(tuning["trials"])["lr"]}
 
 
 def last(self, tuning):
-    """Takes the last one that was tried."""
+    """Takes the largest lr that was tried."""
     found = train.Trainer.settle(self, tuning)
-    return found | {"lr": found["trials"][0]["lr"]}
+    return found | {"lr": train.tried(found)[0]["lr"]}
+
+
+def by_all(self, tuning):
+    """Takes the best of all trials, short ones too, whose losses are of other weights."""
+    found = train.Trainer.settle(self, tuning)
+    return found | {"lr": train.best_of([*found["trials"], *found["whole"]])["lr"]}
 
 
 def test_a_larger_lr_is_tried_while_the_largest_is_the_best() -> None:
     check_settle(train.Trainer.settle)
 
 
-@pytest.mark.parametrize("wrong", [never, last])
+@pytest.mark.parametrize("wrong", [never, last, by_all])
 def test_wrong_trials_are_rejected(wrong) -> None:
     with pytest.raises(AssertionError):
         check_settle(wrong)
@@ -362,28 +378,24 @@ def check_goes_on(tmp_path, larger: float) -> None:
     given = ("--only", "MeZO", "--sets", "news")
     right = zokern.tune
     tuned = patch.object(zokern, "tune", lambda *args, **more: replace(right(*args, **more), lr=1e-3))
-    with tuned, patch.object(train, "MOST", 1.0), patch.object(train.Trainer, "trial", trials_of(THREE)):
-        before = run(tmp_path, *given)[1]
-    asked = []
-
-    def trial(self, eps, lr):
-        asked.append(lr)
-        return trials_of({3.0: larger, 9.0: 0.9})(self, eps, lr)
-
-    with patch.object(train.Trainer, "trial", trial):
+    with tuned, patch.object(train.Trainer, "settle", never):
+        with patch.object(train.Trainer, "trial", trials_of(SHORT, {})):
+            before = run(tmp_path, *given)[1]
+    asked: list[float] = []
+    with patch.object(train.Trainer, "trial", trials_of({}, {1.0: 0.4, 3.0: larger, 9.0: 0.9}, asked)):
         after = run(tmp_path, *given)[1][len(before) :]
-    is_better = larger < THREE[1.0]
-    assert asked == pytest.approx([3e-3, 9e-3] if is_better else [3e-3])
+    is_better = larger < 0.4
+    assert asked == ([1.0, 3.0, 9.0] if is_better else [1.0, 3.0])
     assert [Run.of(r) for r in after] == [Run.of(r) for r in before]
     for old, new in zip(before, after):
         assert old["lr"] == pytest.approx(1e-3) and new["lr"] == pytest.approx(3e-3 if is_better else 1e-3)
-        assert (new["points"] == old["points"]) != is_better and len(new["trials"]) == 3 + len(asked)
+        assert (new["points"] == old["points"]) != is_better and len(new["whole"]) == len(asked)
         assert (new["wall_seconds"] == old["wall_seconds"]) != is_better
     with patch.object(study, "measure", side_effect=AssertionError("a settled run was run again")):
         run(tmp_path, *given)
 
 
-@pytest.mark.parametrize("larger", [0.4, 0.55])
+@pytest.mark.parametrize("larger", [0.3, 0.55])
 def test_rows_at_the_edge_are_tuned_on(larger, seeds, tmp_path) -> None:
     check_goes_on(tmp_path, larger)
 
@@ -400,7 +412,7 @@ def test_rows_at_the_edge_are_tuned_on(larger, seeds, tmp_path) -> None:
 )
 def test_wrong_going_on_is_rejected(name, wrong, seeds, tmp_path) -> None:
     with patch.object(study, name, wrong), pytest.raises(AssertionError):
-        check_goes_on(tmp_path, 0.4)
+        check_goes_on(tmp_path, 0.3)
 
 
 def test_a_trial_that_diverges_is_not_taken(two, tmp_path) -> None:
@@ -507,7 +519,10 @@ def test_the_page_says_where_and_how() -> None:
     assert "60.0 [53.1, 66.5]" in text  # Wilson, 120 of 200
     assert "| LOZO | 40.0 | 40.0 | +0.0 | 40.0 | 0.600 |" in text
     assert "| LOZO | 2 | 50 | 2.00 | 2.00 | 100.0 | 1 | paired |" in text
-    assert "| LOZO | 1.0e-04 | 1e-03 | 0.33 | diverges | 0.6000 | 0.7000 | 90 |" in text
+    assert "| LOZO | 1.0e-04 | 1e-03 | 0.33 | diverges | 0.6000 | 0.7000 | - | 90 |" in text
+    whole = {"lr": 9e-4, "whole": [{"lr": 9e-4, "loss": 0.5}, {"lr": 3e-4, "loss": 0.55}]}
+    wide = page(PAGE_SETTINGS, [row("LOZO", LINE, FALL) | whole], [BASE])
+    assert "| 3 | diverges | 0.6000 | 0.7000 | 0.5000 at 3, 0.5500 at 1 | 90 |" in wide
     several = page(PAGE_SETTINGS, [rows[0], rows[1] | {"machine": "another"}], [BASE])
     assert "| LOZO | 40.0 | 40.0 | +0.0 | - | 0.600 |" in several and "were not committed" not in several
     assert "MeZO takes 100.0 s of the processor for its forwards, on a processor." in several
